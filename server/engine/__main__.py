@@ -1,0 +1,141 @@
+"""`python -m server.engine`: load the model, then serve the engine socket until told to stop.
+
+TERM drains (running answers finish, new requests are refused) and exits 0; a second TERM, or INT, stops at once.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+
+from server.engine.adapters import AdapterTable
+from server.engine.backends import create_backend
+from server.engine.backends.base import Backend
+from server.engine.connections import EngineSocket
+from server.engine.core import EVERYONE, Core, Delivery, Stop
+from server.engine.messages import PROTOCOL_VERSION, ModelInfo, Ready, StartDrain
+from server.errors import ConfigError
+from server.ops.logging import configure_logging
+from server.settings import Settings, add_arguments, load_settings
+from server.store.home import Home
+from server.store.registry import Registry
+
+log = logging.getLogger("qloop.engine")
+
+EXIT_CONFIG = 78  # sysexits.h EX_CONFIG: starting again will not help
+IDLE_POLL_S = 0.1
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m server.engine", description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser)
+    arguments = vars(parser.parse_args(argv))
+    try:
+        settings = load_settings(arguments).settings
+        configure_logging(settings.log_level)
+        return asyncio.run(Engine(settings).serve())
+    except ConfigError as error:
+        print(f"qloop engine: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+
+
+class Engine:
+    """The process: backend and core in the compute thread, the socket in this one."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stopped = asyncio.Event()
+        self._has_failed = False
+        self._drain: asyncio.Task[None] | None = None
+
+    async def serve(self) -> int:
+        """Returns the exit status: 0 after a stop that was asked for, 1 when the backend failed."""
+        self._loop = asyncio.get_running_loop()
+        self._install_signals()
+        backend = create_backend(self._settings)
+        model = await self._while_alive(asyncio.to_thread(backend.load))
+        if model is None:
+            return 0
+        self._start_core(backend, model)
+        server = await self._socket.listen(self._settings.socket_path)
+        thread = threading.Thread(target=self._compute, name="compute", daemon=True)
+        thread.start()
+        log.info("engine ready: %s on %s, socket %s", model.name, model.backend, self._settings.socket_path)
+        await self._stopped.wait()
+        server.close()
+        await asyncio.to_thread(thread.join)
+        await asyncio.sleep(0)  # the core's last deliveries
+        self._settings.socket_path.unlink(missing_ok=True)
+        backend.close()
+        return 1 if self._has_failed else 0
+
+    async def _while_alive(self, load: "asyncio.Future[ModelInfo] | object") -> ModelInfo | None:
+        """The loaded model, or None if a signal came first: loading cannot be interrupted, only abandoned."""
+        loading = asyncio.ensure_future(load)  # type: ignore[arg-type]
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            os._exit(0)
+        stopped.cancel()
+        result: ModelInfo = loading.result()
+        return result
+
+    def _start_core(self, backend: Backend, model: ModelInfo) -> None:
+        adapters = AdapterTable(Registry(Home(self._settings.home).adapters), model)
+        adapters.load_current(backend)
+        ready = Ready(PROTOCOL_VERSION, os.getpid(), model, adapters.list(), adapters.version, False)
+        self._backend = backend
+        self._socket = EngineSocket(lambda: ready)
+        self._core = Core(backend, adapters, max_queue=self._settings.max_queue, deliver=self._deliver)
+        self._socket.core = self._core
+
+    def _deliver(self, deliveries: list[Delivery]) -> None:
+        """From the compute thread: one wake-up of the event loop per step."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(self._socket.deliver, deliveries)
+
+    def _compute(self) -> None:
+        try:
+            self._core.run()
+        except Exception:
+            log.exception("the backend failed")
+            self._has_failed = True
+            self._core.fail("The engine failed while computing this answer.")
+        finally:
+            self._loop.call_soon_threadsafe(self._stopped.set)
+
+    # --- signals ---
+
+    def _install_signals(self) -> None:
+        self._loop.add_signal_handler(signal.SIGTERM, self._handle_term)
+        self._loop.add_signal_handler(signal.SIGINT, self._stop)
+        self._loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a terminal that closes is not a reason to stop
+
+    def _handle_term(self) -> None:
+        if self._drain is not None or not hasattr(self, "_core"):
+            self._stop()
+        else:
+            self._drain = asyncio.ensure_future(self._drain_and_stop())
+
+    async def _drain_and_stop(self) -> None:
+        log.info("draining: running answers finish, new requests are refused")
+        self._core.post(EVERYONE, StartDrain())
+        deadline = self._loop.time() + self._settings.drain_timeout_s
+        await asyncio.sleep(IDLE_POLL_S)
+        while self._backend.has_work and self._loop.time() < deadline:
+            await asyncio.sleep(IDLE_POLL_S)
+        self._stop()
+
+    def _stop(self) -> None:
+        if hasattr(self, "_core"):
+            self._core.post(EVERYONE, Stop())  # the compute thread sets `_stopped` when it has left the loop
+        else:
+            self._stopped.set()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

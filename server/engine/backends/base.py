@@ -1,0 +1,59 @@
+"""The one interface between the engine's core and whatever computes tokens.
+
+A backend is single-threaded: every method is called from the core's compute thread only. It owns scheduling,
+KV memory and adapters' weights, and knows nothing about sockets, workers or text.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from server.engine.messages import AdapterInfo, EngineStats, Generate, ModelInfo, SequenceOutput
+
+
+class RequestRefused(Exception):
+    """Admission says no. `code` and `param` travel to the worker in `Rejected`."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+
+
+class Backend(Protocol):
+    def load(self) -> ModelInfo:
+        """Load weights; blocking. Raises ConfigError with a cure when the model cannot be served."""
+
+    def check(self, request: Generate) -> None:
+        """Raise RequestRefused if this request could never run here (too long, unknown adapter, bad ids)."""
+
+    def add(self, request: Generate) -> None:
+        """Queue a checked request: n sequences, waiting until memory and a slot are free."""
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Free the request's sequences (or one choice) at once, without an output. Unknown ids are ignored."""
+
+    def step(self) -> list[SequenceOutput]:
+        """Advance: at most one new token per running sequence. May return nothing (pacing, prefill).
+
+        A finished sequence has already been freed when its last output is returned.
+        """
+
+    @property
+    def has_work(self) -> bool:
+        """True while any sequence is queued or running."""
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    def load_adapter(self, adapter: AdapterInfo, path: Path) -> None:
+        """Load a revision's folder. Raises AdapterError naming the fault; the backend then goes on unchanged."""
+
+    def unload_adapter(self, adapter_id: str) -> None:
+        """Drop an adapter's weights and return their memory. The core has made sure nothing uses it."""
+
+    def close(self) -> None: ...
+
+
+class AdapterError(Exception):
+    """An adapter folder that this backend cannot serve, and why."""
