@@ -1,0 +1,52 @@
+"""Gunicorn's configuration: stands by itself (`gunicorn -c gunicorn.conf.py server.app:app`) and under the supervisor.
+
+Gunicorn runs this file again at every HUP, in its master, whose modules stay imported. So ours are dropped first:
+new workers are forked from the master and would otherwise run the code of the last start.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+for _name in [name for name in sys.modules if name.partition(".")[0] in ("server", "webchat")]:
+    del sys.modules[_name]
+
+from server.ops.process import die_with_parent  # noqa: E402
+from server.settings import load_settings, prepare_multiprocess_metrics  # noqa: E402
+
+_settings = load_settings().settings
+_metrics_folder = prepare_multiprocess_metrics(_settings)
+
+bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
+workers = _settings.workers
+# Measured beside Gunicorn's own `asgi` class; docs/operations.md has the figures and the reason.
+worker_class = "uvicorn_worker.UvicornWorker"
+preload_app = False
+# A worker that leaves finishes its streams first and sends no heartbeat meanwhile: `timeout` must be the longer one.
+graceful_timeout = int(_settings.drain_timeout_s)
+timeout = graceful_timeout + 30
+keepalive = 75
+backlog = 2048
+loglevel = _settings.log_level
+accesslog = None  # server.ops.observe writes it, with request ids
+worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
+proc_name = "qloop"
+control_socket_disable = True  # its default path is one for all Gunicorns of a user
+
+
+def on_starting(server):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Counters of the last run are not this run's."""
+    shutil.rmtree(_metrics_folder, ignore_errors=True)
+    _metrics_folder.mkdir(parents=True)
+
+
+def post_fork(server, worker):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """uvicorn's worker does not notice that its master was killed; the kernel does."""
+    die_with_parent(server.pid if hasattr(server, "pid") else os.getppid())
+
+
+def child_exit(server, worker):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    from prometheus_client import multiprocess
+
+    multiprocess.mark_process_dead(worker.pid)

@@ -1,0 +1,154 @@
+"""One API call's generation, from admission to the last token: shared by chat and text completions.
+
+Knows prompts as token ids and choices as text; nothing about how a response body looks.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from server.api.choice import Choice, ChoiceOptions, Delta
+from server.api.serving import Serving, Target
+from server.engine.client import Generation
+from server.engine.messages import Generate, SamplingParams, SequenceOutput
+from server.errors import InvalidRequest, QloopError
+from server.ops.metrics import AnswerTimer
+
+
+@dataclass
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+class ClientGone(QloopError):
+    """The caller closed the connection; nobody reads the answer. 499 is nginx's word for it, in logs only."""
+
+    status = 499
+
+
+@dataclass
+class Answer:
+    """n choices for each prompt; choice index = prompt index * n + choice, as in OpenAI's API."""
+
+    serving: Serving
+    target: Target
+    prompts: Sequence[list[int]]
+    params: SamplingParams
+    n: int
+    options: ChoiceOptions
+    id: str
+    timer: AnswerTimer
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        tokenizer = self.serving.text.renderer.tokenizer
+        self.choices = [Choice(i, tokenizer, self.options) for i in range(len(self.prompts) * self.n)]
+        self._prompt_tokens = sum(map(len, self.prompts))
+        self._generations: list[Generation] = []
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self._prompt_tokens, sum(choice.num_tokens for choice in self.choices))
+
+    async def submit(self) -> None:
+        """Returns when the engine has admitted every prompt. Raises the QloopError that refused one."""
+        try:
+            for number, prompt in enumerate(self.prompts):
+                self._check_length(prompt)
+                request_id = self.id if number == 0 else f"{self.id}-{number}"
+                request = Generate(
+                    request_id=request_id,
+                    prompt_token_ids=prompt,
+                    params=self.params,
+                    n=self.n,
+                    adapter=self.target.adapter_id,
+                )
+                self._generations.append(await self.serving.client.generate(request))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _check_length(self, prompt: list[int]) -> None:
+        limit, asked = self.serving.model.max_model_len, self.params.max_tokens
+        if not prompt:
+            raise InvalidRequest("The prompt is empty.", param="prompt", code="invalid_value")
+        if len(prompt) + asked > limit:
+            raise InvalidRequest(
+                f"This model's maximum context length is {limit} tokens. However, you requested "
+                f"{len(prompt) + asked} tokens ({len(prompt)} in the prompt, {asked} in the completion). "
+                "Please reduce the length of the prompt or of the completion.",
+                param="max_tokens" if len(prompt) < limit else "prompt",
+                code="context_length_exceeded",
+            )
+
+    def cancel(self) -> None:
+        """Free everything in the engine. Harmless when finished; always called in the end."""
+        for generation in self._generations:
+            generation.cancel()
+
+    def client_gone(self) -> None:
+        for generation in self._generations:
+            generation.fail(ClientGone("The client closed the connection."))
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """News as it comes; an empty list is a nudge to keep the connection alive.
+
+        Raises the QloopError that ended the request early.
+        """
+        if len(self._generations) == 1:
+            while not self._generations[0].is_finished:
+                yield self._digest(0, await self._generations[0].next())
+        else:
+            async for number, outputs in _merged(self._generations):
+                yield self._digest(number, outputs)
+
+    async def complete(self) -> list[list[Delta]]:
+        """All deltas of each choice."""
+        collected: list[list[Delta]] = [[] for _ in self.choices]
+        async for deltas in self.deltas():
+            for delta in deltas:
+                collected[delta.index].append(delta)
+        return collected
+
+    def _digest(self, number: int, outputs: list[SequenceOutput]) -> list[Delta]:
+        deltas = []
+        for output in outputs:
+            choice = self.choices[number * self.n + output.index]
+            if choice.is_finished:
+                continue  # computed between the stop string and the engine's hearing of it
+            deltas.append(choice.feed(output))
+            if choice.is_finished:
+                self._generations[number].abort(output.index)
+        if deltas:
+            self.timer.saw_output()
+        return deltas
+
+
+async def _merged(generations: list[Generation]) -> AsyncIterator[tuple[int, list[SequenceOutput]]]:
+    """Outputs of several generations, whichever speaks first."""
+    waiting = {asyncio.ensure_future(g.next()): i for i, g in enumerate(generations)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number = waiting.pop(task)
+                yield number, task.result()
+                if not generations[number].is_finished:
+                    waiting[asyncio.ensure_future(generations[number].next())] = number
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"

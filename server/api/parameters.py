@@ -1,0 +1,92 @@
+"""From a validated body to the engine's sampling parameters: defaults, limits and combinations."""
+
+from server.api.choice import ChoiceOptions
+from server.api.protocol import SamplingBody
+from server.api.serving import Serving
+from server.engine.messages import SamplingParams
+from server.errors import InvalidRequest
+
+_BUILT_IN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+def sampling_params(
+    body: SamplingBody, serving: Serving, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+) -> SamplingParams:
+    """A request's value beats the model's generation_config.json, which beats the neutral value.
+
+    Raises InvalidRequest for what only this model can judge: token ids, or parameters its backend refuses.
+    """
+    chosen = {name: _chosen(body, serving, name) for name in _BUILT_IN}
+    refused = [name for name in serving.model.unsupported_params if getattr(body, name, None) is not None]
+    if refused:
+        raise InvalidRequest(
+            f"The {serving.model.backend} engine does not support {refused[0]!r}.",
+            param=refused[0],
+            code="unsupported_parameter",
+        )
+    if (body.min_tokens or 0) > max_tokens:
+        raise InvalidRequest(
+            f"'min_tokens' ({body.min_tokens}) is larger than max_tokens ({max_tokens}).", param="min_tokens"
+        )
+    return SamplingParams(
+        **{**chosen, "top_k": max(int(chosen["top_k"]), 0)},  # type: ignore[arg-type]
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens or 0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=_logit_bias(body, serving),
+        seed=body.seed,
+        stop_token_ids=tuple(sorted(_stop_ids(body, serving))),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def choice_options(body: SamplingBody, serving: Serving) -> ChoiceOptions:
+    return ChoiceOptions(
+        stop_strings=tuple(body.stop_strings),
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        hidden_stop_ids=frozenset(model_stop_ids(serving)),
+    )
+
+
+def model_stop_ids(serving: Serving) -> set[int]:
+    """The engine's (from the model's configuration) and the token that ends a turn in the chat template.
+
+    Base models name another end token than their template writes; without the second they never stop.
+    """
+    turn_end = serving.text.renderer.turn_end_id
+    return set(serving.model.stop_token_ids) | ({turn_end} if turn_end is not None else set())
+
+
+def _chosen(body: SamplingBody, serving: Serving, name: str) -> float:
+    value = getattr(body, name)
+    if value is None:
+        value = serving.text.sampling_defaults.get(name, _BUILT_IN[name])
+    return float(value)
+
+
+def _stop_ids(body: SamplingBody, serving: Serving) -> set[int]:
+    asked = set(body.stop_token_ids or ())
+    for token_id in asked:
+        _check_id(token_id, serving, "stop_token_ids")
+    return asked if body.ignore_eos else asked | model_stop_ids(serving)
+
+
+def _logit_bias(body: SamplingBody, serving: Serving) -> dict[int, float]:
+    bias = {}
+    for key, value in (body.logit_bias or {}).items():
+        if not key.isascii() or not key.isdigit():
+            raise InvalidRequest(f"'logit_bias' has the key {key!r}; keys are token ids.", param="logit_bias")
+        _check_id(int(key), serving, "logit_bias")
+        bias[int(key)] = value
+    return bias
+
+
+def _check_id(token_id: int, serving: Serving, param: str) -> None:
+    if token_id >= serving.model.vocab_size:
+        raise InvalidRequest(
+            f"{param!r} names token {token_id}, but the vocabulary ends at {serving.model.vocab_size - 1}.", param=param
+        )

@@ -1,0 +1,48 @@
+"""API keys: as a Bearer token for programs, or as the password of HTTP Basic for browsers (RFC 6750, RFC 7617)."""
+
+import base64
+import binascii
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.errors import Unauthorized
+
+OPEN_PATHS = frozenset({"/livez", "/readyz"})
+
+
+class ApiKeyMiddleware:
+    """Refuses every request without one of the keys, but for OPEN_PATHS. Without keys it lets everything pass."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self._keys or scope["path"] in OPEN_PATHS or self._knows(_credential(scope)):
+            await self._app(scope, receive, send)
+            return
+        error = Unauthorized("Missing or unknown API key. Send it as 'Authorization: Bearer KEY'.")
+        # A browser asks its user for a password only when Basic is offered; programs ignore the second challenge.
+        headers = {"WWW-Authenticate": 'Bearer, Basic realm="qloop", charset="UTF-8"'}
+        await JSONResponse(error.envelope(), status_code=error.status, headers=headers)(scope, receive, send)
+
+    def _knows(self, credential: bytes) -> bool:
+        # Every key is compared, whole, so that time tells nothing about how much was right.
+        return any([hmac.compare_digest(credential, key) for key in self._keys])
+
+
+def _credential(scope: Scope) -> bytes:
+    scheme, _, value = Headers(scope=scope).get("authorization", "").partition(" ")
+    value = value.strip()
+    if scheme.lower() == "bearer":
+        return value.encode("latin-1")
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return b""
+    return b""

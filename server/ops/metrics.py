@@ -1,0 +1,80 @@
+"""What Prometheus sees. In multiprocess mode every worker writes to shared files and any worker answers for all.
+
+Labels are bounded: routes by their template, models by the ids this server serves, outcomes by error codes.
+"""
+
+import time
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    multiprocess,
+)
+from prometheus_client import REGISTRY as PROCESS_REGISTRY
+from prometheus_client.values import ValueClass
+
+from server.engine.messages import EngineStats
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+http_requests = Counter("qloop_http_requests", "Answered HTTP requests.", ["method", "route", "code"])
+answers = Counter(
+    "qloop_answers", "Ended generations; outcome is ok, cancelled or an error code.", ["endpoint", "model", "outcome"]
+)
+prompt_tokens = Counter("qloop_prompt_tokens", "Prompt tokens of ended generations.", ["model"])
+generated_tokens = Counter("qloop_generated_tokens", "Generated tokens of ended generations.", ["model"])
+first_token_s = Histogram(
+    "qloop_time_to_first_token_seconds", "From the request's arrival to its first output.", ["model"], buckets=_SECONDS
+)
+answer_s = Histogram("qloop_answer_seconds", "From the request's arrival to its end.", ["model"], buckets=_SECONDS)
+_MODE = "livemostrecent"
+engine_ready = Gauge("qloop_engine_ready", "1 while the engine answers and takes requests.", multiprocess_mode=_MODE)
+sequences_running = Gauge("qloop_sequences_running", "Sequences being computed.", multiprocess_mode=_MODE)
+sequences_waiting = Gauge("qloop_sequences_waiting", "Sequences in the queue.", multiprocess_mode=_MODE)
+kv_tokens_used = Gauge("qloop_kv_tokens_used", "Tokens of KV memory in use or reserved.", multiprocess_mode=_MODE)
+kv_tokens_total = Gauge("qloop_kv_tokens_total", "Tokens of KV memory there are.", multiprocess_mode=_MODE)
+
+
+def exposition() -> bytes:
+    """Prometheus text for the whole service, whichever worker is asked."""
+    if ValueClass.__name__ != "MmapedValue":
+        return generate_latest(PROCESS_REGISTRY)
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
+
+
+def observe_engine(stats: EngineStats, is_ready: bool) -> None:
+    """Take over the engine's own numbers; called when scraped, so the newest value is the scraped worker's."""
+    engine_ready.set(is_ready)
+    sequences_running.set(stats.num_running)
+    sequences_waiting.set(stats.num_waiting)
+    kv_tokens_used.set(stats.kv_tokens_used)
+    kv_tokens_total.set(stats.kv_tokens_total)
+
+
+class AnswerTimer:
+    """Times one generation and counts it when it ends."""
+
+    def __init__(self, endpoint: str, model: str) -> None:
+        self.outcome = "ok"
+        self._endpoint = endpoint
+        self._model = model
+        self._start = time.perf_counter()
+        self._has_output = False
+
+    def saw_output(self) -> None:
+        if not self._has_output:
+            self._has_output = True
+            first_token_s.labels(self._model).observe(time.perf_counter() - self._start)
+
+    def finish(self, num_prompt_tokens: int, num_generated_tokens: int) -> None:
+        answers.labels(self._endpoint, self._model, self.outcome).inc()
+        answer_s.labels(self._model).observe(time.perf_counter() - self._start)
+        prompt_tokens.labels(self._model).inc(num_prompt_tokens)
+        generated_tokens.labels(self._model).inc(num_generated_tokens)
