@@ -20,15 +20,15 @@ _metrics_folder = prepare_multiprocess_metrics(_settings)
 
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
 workers = _settings.workers
-# Measured beside Gunicorn's own `asgi` class; docs/operations.md has the figures and the reason.
-worker_class = "uvicorn_worker.UvicornWorker"
+# uvicorn's, measured beside Gunicorn's own `asgi` class; docs/operations.md has the figures and the reason.
+worker_class = "server.ops.worker.Worker"
 preload_app = False
-# A worker that leaves finishes its streams first and sends no heartbeat meanwhile: `timeout` must be the longer one.
-graceful_timeout = int(_settings.drain_timeout_s)
-timeout = graceful_timeout + 30
+graceful_timeout = max(int(_settings.drain_timeout_s), 1)  # a worker that leaves finishes its streams first
+timeout = 60
 keepalive = 75
 backlog = 2048
-loglevel = _settings.log_level
+# Gunicorn's and uvicorn's info lines tell the story of every worker's birth; the supervisor and the app tell ours.
+loglevel = "warning" if _settings.log_level == "info" else _settings.log_level
 accesslog = None  # server.ops.observe writes it, with request ids
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
 proc_name = "qloop"

@@ -1,0 +1,37 @@
+"""Services with the fake engine at a set pace: these tests are about processes, not about tokens."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.service import Service, running
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the code that a test may break."""
+    target = tmp_path / "tree"
+    for name in ("server", "webchat"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "gunicorn.conf.py", target)
+    return target
+
+
+@pytest.fixture
+def serve(tmp_path: Path, echo_model: Path) -> Iterator[Callable[..., Service]]:
+    """Start a service; it and all its processes are gone when the test ends."""
+
+    with contextlib.ExitStack() as stack:
+
+        def start(tree: Path = ROOT, **settings: str) -> Service:
+            home = tmp_path / "home"
+            home.mkdir(exist_ok=True)
+            defaults = {"QLOOP_MODEL": str(echo_model), "QLOOP_ENGINE": "fake", "QLOOP_FAKE_TOKENS_PER_S": "50"}
+            return stack.enter_context(running(Service(home, tree, defaults | settings)))
+
+        yield start

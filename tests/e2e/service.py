@@ -1,0 +1,217 @@
+"""The whole service as an operator starts it, in a home of its own, and streams to put load on it."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+
+START_TIMEOUT_S = 90.0
+
+
+class Service:
+    """`python -m server` with settings of its own. `tree` is the code it runs from: it can be changed under it."""
+
+    def __init__(self, home: Path, tree: Path, settings: dict[str, str]) -> None:
+        self.home = home
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = home / "service.log"
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("QLOOP_")}
+        self._environment = {
+            **clean,
+            "PYTHONPATH": str(tree),
+            "QLOOP_HOME": str(home),
+            "QLOOP_ENGINE_SOCKET": f"/tmp/qloop-test-{os.getpid()}-{self.port}.sock",
+            "QLOOP_PORT": str(self.port),
+            **settings,
+        }
+        self._cwd = home
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "Service":
+        with self.log_path.open("ab") as log:
+            command = [sys.executable, "-m", "server"]
+            self._process = subprocess.Popen(command, env=self._environment, cwd=self._cwd, stdout=log, stderr=log)
+        wait_for(lambda: self.is_ready or not self.is_alive, START_TIMEOUT_S, "the service to be ready")
+        assert self.is_alive, self.log
+        return self
+
+    @property
+    def supervisor(self) -> psutil.Process:
+        assert self._process is not None
+        return psutil.Process(self._process.pid)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.status("/readyz") == 200
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text("utf-8")
+
+    def status(self, path: str) -> int | None:
+        try:
+            return httpx.get(self.url + path, timeout=2.0).status_code
+        except httpx.TransportError:
+            return None
+
+    @property
+    def engine_pid(self) -> int:
+        return int(httpx.get(self.url + "/readyz", timeout=2.0).json()["engine_pid"])
+
+    @property
+    def gunicorn(self) -> psutil.Process:
+        return next(p for p in self.supervisor.children() if "gunicorn" in " ".join(p.cmdline()))
+
+    @property
+    def worker_pids(self) -> set[int]:
+        return {p.pid for p in self.gunicorn.children() if p.status() != psutil.STATUS_ZOMBIE}
+
+    def running_and_waiting(self) -> float:
+        text = httpx.get(self.url + "/metrics", timeout=2.0).text
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        return float(values["qloop_sequences_running"]) + float(values["qloop_sequences_waiting"])
+
+    def send(self, number: signal.Signals) -> None:
+        self.supervisor.send_signal(number)
+
+    def reload(self) -> None:
+        """HUP, and wait until only new workers are there."""
+        old = self.worker_pids
+        self.send(signal.SIGHUP)
+        wait_for(lambda: self.worker_pids and not (self.worker_pids & old), 60, "new workers")
+
+    def wait_exit(self, timeout_s: float) -> int:
+        assert self._process is not None
+        return self._process.wait(timeout_s)
+
+    def stop(self) -> None:
+        """Whatever happened: nothing of it is left afterwards."""
+        if self._process is None:
+            return
+        family = [self.supervisor, *self.supervisor.children(recursive=True)] if self.is_alive else []
+        if self.is_alive:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(20)
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait(10)
+
+
+@dataclass
+class Stream:
+    """What one streaming client saw."""
+
+    status: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    text: str = ""
+    finish_reasons: list[str] = field(default_factory=list)
+    error: dict[str, object] | None = None
+    is_done: bool = False
+    broken: str | None = None  # the connection ended early
+    ended: float = 0.0
+    local_port: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        return self.status == 200 and self.is_done and len(self.finish_reasons) == 1 and self.error is None
+
+
+def http_client() -> httpx.AsyncClient:
+    """One for many streams: making its TLS context costs more than a stream. Every request has its own connection."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(timeout=120, limits=limits)
+
+
+async def stream(client: httpx.AsyncClient, url: str, *, max_tokens: int, prompt: str = "一二三四五六七八九十") -> Stream:
+    """One chat stream to its end, however it ends."""
+    seen = Stream()
+    body = {
+        "messages": [{"role": "user", "content": prompt}],
+        "stream": True,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+    }
+    try:
+        async with client.stream("POST", url + "/v1/chat/completions", json=body) as response:
+            seen.status, seen.headers = response.status_code, dict(response.headers)
+            seen.local_port = response.extensions["network_stream"].get_extra_info("client_addr")[1]
+            async for line in response.aiter_lines():
+                _digest(seen, line)
+    except httpx.TransportError as error:
+        seen.broken = repr(error)
+    seen.ended = time.monotonic()
+    return seen
+
+
+def _digest(seen: Stream, line: str) -> None:
+    if not line.startswith("data: "):
+        return
+    if line == "data: [DONE]":
+        seen.is_done = True
+        return
+    event = json.loads(line.removeprefix("data: "))
+    seen.error = event.get("error", seen.error)
+    for choice in event.get("choices", []):
+        seen.text += choice["delta"].get("content") or ""
+        if choice["finish_reason"] is not None:
+            seen.finish_reasons.append(choice["finish_reason"])
+
+
+def one_stream(url: str, *, max_tokens: int) -> Stream:
+    async def run() -> Stream:
+        async with http_client() as client:
+            return await stream(client, url, max_tokens=max_tokens)
+
+    return asyncio.run(run())
+
+
+def start_streams(url: str, count: int, *, max_tokens: int) -> list["asyncio.Task[Stream]"]:
+    client = http_client()
+    return [asyncio.create_task(stream(client, url, max_tokens=max_tokens)) for _ in range(count)]
+
+
+async def in_loop(condition: Callable[[], object], timeout_s: float, what: str) -> None:
+    """Poll without stopping the streams of this event loop."""
+    await asyncio.to_thread(wait_for, condition, timeout_s, what)
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> float:
+    """Seconds it took. Fails with `what` after `timeout_s`."""
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > timeout_s:
+            raise AssertionError(f"waited {timeout_s:g} s in vain for {what}")
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(service: Service) -> Iterator[Service]:
+    try:
+        yield service.start()
+    finally:
+        service.stop()
