@@ -39,5 +39,6 @@ def create_backend(settings: Settings) -> Backend:
             max_logprobs=MAX_LOGPROBS,
             trust_remote_code=settings.trust_remote_code,
             num_threads=settings.num_threads,
+            hash_cache_path=home.hash_cache,
         )
     )

@@ -1,0 +1,20 @@
+"""How to start the hf backend."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class HfOptions:
+    model_path: Path
+    served_name: str
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: the checkpoint's own; fp16 becomes bf16
+    kv_cache_gib: float = 4.0  # the KV store never grows beyond this
+    max_model_len: int | None = None  # None: the model's own limit
+    max_num_seqs: int = 64
+    max_logprobs: int = 20
+    trust_remote_code: bool = False
+    num_threads: int | None = None  # None: torch's choice
+    hash_cache_path: Path | None = None  # remembers the weights' hash between starts
+    prefill_chunk: int = 512  # most prompt tokens computed in one step
