@@ -35,18 +35,18 @@ proc_name = "qloop"
 control_socket_disable = True  # its default path is one for all Gunicorns of a user
 
 
-def on_starting(server):  # type: ignore[no-untyped-def]  # noqa: ANN001
+def on_starting(server):  # type: ignore[no-untyped-def]
     """Counters of the last run are not this run's."""
     shutil.rmtree(_metrics_folder, ignore_errors=True)
     _metrics_folder.mkdir(parents=True)
 
 
-def post_fork(server, worker):  # type: ignore[no-untyped-def]  # noqa: ANN001
+def post_fork(server, worker):  # type: ignore[no-untyped-def]
     """uvicorn's worker does not notice that its master was killed; the kernel does."""
     die_with_parent(server.pid if hasattr(server, "pid") else os.getppid())
 
 
-def child_exit(server, worker):  # type: ignore[no-untyped-def]  # noqa: ANN001
+def child_exit(server, worker):  # type: ignore[no-untyped-def]
     from prometheus_client import multiprocess
 
     multiprocess.mark_process_dead(worker.pid)

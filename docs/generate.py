@@ -22,7 +22,8 @@ def settings_table() -> str:
 def signal_table() -> str:
     rows = ["| Process | Signal | Effect |", "|---|---|---|"]
     for process, signals in (("supervisor", SUPERVISOR_SIGNALS), ("engine", ENGINE_SIGNALS)):
-        rows += [f"| {process} | `{number.name.removeprefix('SIG')}` | {effect} |" for number, effect in signals.items()]
+        for number, effect in signals.items():
+            rows.append(f"| {process} | `{number.name.removeprefix('SIG')}` | {effect} |")
     return "\n".join(rows)
 
 

@@ -6,6 +6,7 @@ command-line options, `--print-config` and the settings table in the documentati
 
 import argparse
 import difflib
+import ipaddress
 import json
 import os
 import tomllib
@@ -80,7 +81,11 @@ class Settings(BaseModel):
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        """Known for certain: a name other than localhost may resolve to anything."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,15 @@ def prepare_multiprocess_metrics(settings: Settings) -> Path:
     folder = os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", str(settings.home / "run" / "metrics"))
     Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
+
+
+def prepare_compute_threads() -> None:
+    """Let idle compute threads sleep; to be called before torch is imported, as OpenMP reads it once.
+
+    By default they spin between operations and take the cores from the HTTP workers: on two busy cores a model of
+    ten million parameters made 26 tokens per second spinning and 170 sleeping.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def describe(resolved: Resolved) -> str:

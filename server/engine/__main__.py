@@ -20,7 +20,7 @@ from server.engine.core import EVERYONE, Core, Delivery, Stop
 from server.engine.messages import PROTOCOL_VERSION, ModelInfo, Ready, StartDrain
 from server.errors import ConfigError
 from server.ops.logging import configure_logging
-from server.settings import Settings, add_arguments, load_settings
+from server.settings import Settings, add_arguments, load_settings, prepare_compute_threads
 from server.store.home import Home
 from server.store.registry import Registry
 
@@ -37,10 +37,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = load_settings(arguments).settings
         configure_logging(settings.log_level)
+        prepare_compute_threads()
         return asyncio.run(Engine(settings).serve())
     except ConfigError as error:
         print(f"qloop engine: {error}", file=sys.stderr)
         return EXIT_CONFIG
+
+
+# What each signal does; docs/operations.md shows this table.
+SIGNALS = {
+    signal.SIGTERM: "Drain: refuse new requests, finish running ones, exit 0. A second TERM is as INT.",
+    signal.SIGINT: "Stop at once: running requests end with an error, exit 0.",
+    signal.SIGHUP: "Ignored: a terminal that closes is no reason to drop the weights.",
+}
 
 
 class Engine:
@@ -50,6 +59,7 @@ class Engine:
         self._settings = settings
         self._stopped = asyncio.Event()
         self._has_failed = False
+        self._core: Core | None = None  # None while loading
         self._drain: asyncio.Task[None] | None = None
 
     async def serve(self) -> int:
@@ -57,12 +67,10 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._install_signals()
         backend = create_backend(self._settings)
-        model = await self._while_alive(asyncio.to_thread(backend.load))
-        if model is None:
-            return 0
-        self._start_core(backend, model)
-        server = await self._socket.listen(self._settings.socket_path)
-        thread = threading.Thread(target=self._compute, name="compute", daemon=True)
+        model = await self._load(backend)
+        socket = self._start_core(backend, model)
+        server = await socket.listen(self._settings.socket_path)
+        thread = threading.Thread(target=self._compute, args=(self._core,), name="compute", daemon=True)
         thread.start()
         log.info("engine ready: %s on %s, socket %s", model.name, model.backend, self._settings.socket_path)
         await self._stopped.wait()
@@ -73,65 +81,63 @@ class Engine:
         backend.close()
         return 1 if self._has_failed else 0
 
-    async def _while_alive(self, load: "asyncio.Future[ModelInfo] | object") -> ModelInfo | None:
-        """The loaded model, or None if a signal came first: loading cannot be interrupted, only abandoned."""
-        loading = asyncio.ensure_future(load)  # type: ignore[arg-type]
-        stopped = asyncio.ensure_future(self._stopped.wait())
+    async def _load(self, backend: Backend) -> ModelInfo:
+        """Leaves the process when a signal comes first: loading cannot be interrupted, only abandoned."""
+        loading = asyncio.create_task(asyncio.to_thread(backend.load))
+        stopped = asyncio.create_task(self._stopped.wait())
         await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             os._exit(0)
         stopped.cancel()
-        result: ModelInfo = loading.result()
-        return result
+        return loading.result()
 
-    def _start_core(self, backend: Backend, model: ModelInfo) -> None:
+    def _start_core(self, backend: Backend, model: ModelInfo) -> EngineSocket:
         adapters = AdapterTable(Registry(Home(self._settings.home).adapters), model)
         adapters.load_current(backend)
         ready = Ready(PROTOCOL_VERSION, os.getpid(), model, adapters.list(), adapters.version, False)
-        self._backend = backend
-        self._socket = EngineSocket(lambda: ready)
-        self._core = Core(backend, adapters, max_queue=self._settings.max_queue, deliver=self._deliver)
-        self._socket.core = self._core
+        socket = EngineSocket(lambda: ready)
 
-    def _deliver(self, deliveries: list[Delivery]) -> None:
-        """From the compute thread: one wake-up of the event loop per step."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-            self._loop.call_soon_threadsafe(self._socket.deliver, deliveries)
+        def deliver(deliveries: list[Delivery]) -> None:
+            """From the compute thread: one wake-up of the event loop per step."""
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                self._loop.call_soon_threadsafe(socket.deliver, deliveries)
 
-    def _compute(self) -> None:
+        self._core = socket.core = Core(backend, adapters, max_queue=self._settings.max_queue, deliver=deliver)
+        return socket
+
+    def _compute(self, core: Core) -> None:
         try:
-            self._core.run()
+            core.run()
         except Exception:
             log.exception("the backend failed")
             self._has_failed = True
-            self._core.fail("The engine failed while computing this answer.")
+            core.fail("The engine failed while computing this answer.")
         finally:
             self._loop.call_soon_threadsafe(self._stopped.set)
 
     # --- signals ---
 
     def _install_signals(self) -> None:
-        self._loop.add_signal_handler(signal.SIGTERM, self._handle_term)
-        self._loop.add_signal_handler(signal.SIGINT, self._stop)
-        self._loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a terminal that closes is not a reason to stop
+        handlers = {signal.SIGTERM: self._handle_term, signal.SIGINT: self._stop, signal.SIGHUP: lambda: None}
+        for number in SIGNALS:
+            self._loop.add_signal_handler(number, handlers[number])
 
     def _handle_term(self) -> None:
-        if self._drain is not None or not hasattr(self, "_core"):
+        if self._core is None or self._drain is not None:
             self._stop()
         else:
-            self._drain = asyncio.ensure_future(self._drain_and_stop())
+            self._drain = asyncio.create_task(self._drain_and_stop(self._core))
 
-    async def _drain_and_stop(self) -> None:
+    async def _drain_and_stop(self, core: Core) -> None:
         log.info("draining: running answers finish, new requests are refused")
-        self._core.post(EVERYONE, StartDrain())
+        core.post(EVERYONE, StartDrain())
         deadline = self._loop.time() + self._settings.drain_timeout_s
-        await asyncio.sleep(IDLE_POLL_S)
-        while self._backend.has_work and self._loop.time() < deadline:
+        while not core.is_drained and self._loop.time() < deadline:
             await asyncio.sleep(IDLE_POLL_S)
         self._stop()
 
     def _stop(self) -> None:
-        if hasattr(self, "_core"):
+        if self._core is not None:
             self._core.post(EVERYONE, Stop())  # the compute thread sets `_stopped` when it has left the loop
         else:
             self._stopped.set()

@@ -190,6 +190,7 @@ class EngineClient:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._connection is not None:
             self._connection.abort()
+        self._lost("This process closed its connection to the engine.")
 
     @property
     def is_ready(self) -> bool:
@@ -301,8 +302,7 @@ class EngineClient:
             case Draining():
                 self.is_draining = True
             case Refused():
-                self.refusal = message.message
-                log.error("the engine refuses this process: %s", message.message)
+                self._refused(message.message)
 
     def _route(self, output: SequenceOutput) -> None:
         generation = self._requests.get(output.request_id)
@@ -327,8 +327,10 @@ class EngineClient:
 
     def _become_ready(self, ready: Ready) -> None:
         if ready.protocol_version != PROTOCOL_VERSION:
-            self.refusal = f"The engine speaks protocol {ready.protocol_version}, this process {PROTOCOL_VERSION}."
-            log.error("%s Restart both from the same release of qloop.", self.refusal)
+            self._refused(
+                f"The engine speaks protocol {ready.protocol_version}, this process {PROTOCOL_VERSION}: "
+                "restart both from the same release of qloop."
+            )
             return
         self.refusal = None
         self.model = ready.model
@@ -338,6 +340,11 @@ class EngineClient:
         self._is_ready = True
         self._take_adapters(ready.adapters, ready.adapters_version)
         self._on_ready(ready)
+
+    def _refused(self, reason: str) -> None:
+        if reason != self.refusal:  # said once, not at every attempt
+            log.error("no connection to the engine: %s", reason)
+        self.refusal = reason
 
     def _take_adapters(self, adapters: list[AdapterInfo], version: int) -> None:
         self.adapters = adapters

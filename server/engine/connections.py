@@ -19,6 +19,7 @@ from server.engine.messages import (
     AdapterReply,
     Adapters,
     Draining,
+    Heartbeat,
     Hello,
     Outputs,
     Ready,
@@ -27,7 +28,7 @@ from server.engine.messages import (
     StartDrain,
     ToEngine,
 )
-from server.engine.transport import FrameProtocol
+from server.engine.transport import FrameError, FrameProtocol
 from server.errors import ConfigError
 
 log = logging.getLogger("qloop.engine")
@@ -46,6 +47,8 @@ class ClientConnection(FrameProtocol):
     def message_received(self, message: Any) -> None:
         if self.hello is None:
             self._greet(message)
+        elif isinstance(message, Hello):
+            raise msgspec.ValidationError("Hello comes once")
         elif isinstance(message, AckAdapters):
             self._owner.acknowledged(self, message.version)
         elif isinstance(message, StartDrain) and self.hello.role != "supervisor":
@@ -73,8 +76,23 @@ class ClientConnection(FrameProtocol):
         if self._is_slow and isinstance(message, Outputs):
             for item in message.items:
                 self._hold(item)
-        else:
+        elif isinstance(message, Outputs):
+            self._send_outputs(message.items)
+        elif not (self._is_slow and isinstance(message, Heartbeat)):  # the next one says more than ten old ones
             self.send(message)
+
+    def _send_outputs(self, items: list[SequenceOutput]) -> None:
+        """In several frames when one would be too large."""
+        try:
+            self.send(Outputs(items))
+        except FrameError as error:
+            if len(items) == 1:
+                log.error("closing a connection: %s", error)
+                self.abort()
+                return
+            middle = len(items) // 2
+            self._send_outputs(items[:middle])
+            self._send_outputs(items[middle:])
 
     def _hold(self, new: SequenceOutput) -> None:
         key = (new.request_id, new.index)
@@ -88,7 +106,7 @@ class ClientConnection(FrameProtocol):
         self._is_slow = False
         if self._held:
             items, self._held = list(self._held.values()), {}
-            self.send(Outputs(items))
+            self._send_outputs(items)
 
     def protocol_failed(self, reason: str) -> None:
         log.error("closing a connection that broke the protocol: %s", reason)
@@ -193,6 +211,8 @@ class EngineSocket:
 async def _clear_stale_socket(path: Path) -> None:
     if not path.exists():
         return
+    if not path.is_socket():
+        raise ConfigError(f"{path} exists and is no socket. Remove it, or set QLOOP_ENGINE_SOCKET to another path.")
     try:
         _, writer = await asyncio.open_unix_connection(str(path))
     except OSError:

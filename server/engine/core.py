@@ -26,6 +26,7 @@ from server.engine.messages import (
     Generate,
     Heartbeat,
     LoadAdapter,
+    ModelInfo,
     Outputs,
     Rejected,
     SequenceOutput,
@@ -36,8 +37,8 @@ from server.store.registry import RegistryError
 
 log = logging.getLogger("qloop.engine")
 
-HEARTBEAT_INTERVAL_S = 1.0
-IDLE_WAIT_S = 0.5
+HEARTBEAT_INTERVAL_S = 0.25
+IDLE_WAIT_S = 0.2
 RETRY_AFTER_S = 1
 
 Connection = Hashable
@@ -79,6 +80,15 @@ class Core:
         self._is_draining = False
         self._is_stopping = False
         self._next_heartbeat = 0.0
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._adapters.model
+
+    @property
+    def is_drained(self) -> bool:
+        """A drain was started and nothing is left to compute. May be asked from any thread."""
+        return self._is_draining and not self._requests
 
     def post(self, connection: Connection, message: msgspec.Struct) -> None:
         """Hand over a message from any thread."""
@@ -146,7 +156,10 @@ class Core:
             return Rejected(request.request_id, "draining", "The server is shutting down.", None, RETRY_AFTER_S)
         if request.request_id in self._requests:
             return Rejected(request.request_id, "invalid_request", "This request id is already running.")
-        if request.n > (room := self._max_queue + self._backend_slots() - self._num_sequences()):
+        if not 1 <= request.n <= (most := self._max_queue + self.model.max_num_seqs):
+            message = f"n must be between 1 and {most} on this server, not {request.n}."
+            return Rejected(request.request_id, "invalid_request", message, "n")
+        if request.n > (room := most - self._num_sequences()):
             message = f"The queue is full: room for {max(room, 0)} more sequences, {request.n} asked for."
             return Rejected(request.request_id, "overloaded", message, None, RETRY_AFTER_S)
         if any(request.adapter == adapter.id for _, _, adapter in self._unloads):
@@ -158,9 +171,6 @@ class Core:
         except RequestRefused as refused:
             return Rejected(request.request_id, refused.code, refused.message, refused.param)
         return None
-
-    def _backend_slots(self) -> int:
-        return self._adapters.model.max_num_seqs
 
     def _num_sequences(self) -> int:
         return sum(len(live.unfinished) for live in self._requests.values())
@@ -206,6 +216,10 @@ class Core:
     # --- adapters ---
 
     def _load_adapter(self, connection: Connection, call: LoadAdapter) -> None:
+        if any(a.name == call.name and call.revision in (None, a.revision) for _, _, a in self._unloads):
+            message = f"Adapter {call.name!r} is being unloaded; load it again when that is done."
+            self._send(connection, AdapterReply(call.call_id, "invalid_adapter", message))
+            return
         try:
             adapter = self._adapters.load(self._backend, call.name, call.revision)
         except (AdapterError, RegistryError) as error:

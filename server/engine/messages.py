@@ -227,7 +227,7 @@ class Draining(msgspec.Struct, tag="draining"):
 
 
 class Heartbeat(msgspec.Struct, tag="heartbeat"):
-    """Sent by the step loop itself about once a second, so that a hung loop falls silent."""
+    """Sent by the step loop itself several times a second, so that a hung loop falls silent."""
 
     stats: EngineStats
 

@@ -26,13 +26,16 @@ class ApiKeyMiddleware:
             await self._app(scope, receive, send)
             return
         error = Unauthorized("Missing or unknown API key. Send it as 'Authorization: Bearer KEY'.")
-        # A browser asks its user for a password only when Basic is offered; programs ignore the second challenge.
-        headers = {"WWW-Authenticate": 'Bearer, Basic realm="qloop", charset="UTF-8"'}
-        await JSONResponse(error.envelope(), status_code=error.status, headers=headers)(scope, receive, send)
+        response = JSONResponse(error.envelope(), status_code=error.status)
+        # Two fields, not one list: Chromium asks its user for a password only when Basic has a line of its own.
+        response.headers.append("WWW-Authenticate", "Bearer")
+        response.headers.append("WWW-Authenticate", 'Basic realm="qloop", charset="UTF-8"')
+        await response(scope, receive, send)
 
     def _knows(self, credential: bytes) -> bool:
         # Every key is compared, whole, so that time tells nothing about how much was right.
-        return any([hmac.compare_digest(credential, key) for key in self._keys])
+        matches = [hmac.compare_digest(credential, key) for key in self._keys]
+        return any(matches)
 
 
 def _credential(scope: Scope) -> bytes:

@@ -22,7 +22,7 @@ EXIT_CONFIG = 78  # sysexits.h: the child says that starting it again will not h
 class Child:
     """`run` keeps it running, and returns when it was stopped or gave up for good.
 
-    It has its own session, so that Ctrl-C reaches only the supervisor, and dies with the supervisor by the kernel's hand.
+    It has its own session, so that Ctrl-C reaches only the supervisor, and the kernel ends it when the supervisor dies.
     """
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ Labels are bounded: routes by their template, models by the ids this server serv
 """
 
 import time
+from typing import Final
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -32,7 +33,7 @@ first_token_s = Histogram(
     "qloop_time_to_first_token_seconds", "From the request's arrival to its first output.", ["model"], buckets=_SECONDS
 )
 answer_s = Histogram("qloop_answer_seconds", "From the request's arrival to its end.", ["model"], buckets=_SECONDS)
-_MODE = "livemostrecent"
+_MODE: Final = "livemostrecent"
 engine_ready = Gauge("qloop_engine_ready", "1 while the engine answers and takes requests.", multiprocess_mode=_MODE)
 sequences_running = Gauge("qloop_sequences_running", "Sequences being computed.", multiprocess_mode=_MODE)
 sequences_waiting = Gauge("qloop_sequences_waiting", "Sequences in the queue.", multiprocess_mode=_MODE)

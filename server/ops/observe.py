@@ -4,6 +4,7 @@ import logging
 import re
 import time
 import uuid
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,6 +13,7 @@ from server.ops import metrics
 
 log = logging.getLogger("qloop.access")
 
+CLIENT_GONE = 499  # nginx's word for a caller that left before its answer began
 _GOOD_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 
@@ -37,16 +39,20 @@ class ObserveMiddleware:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
+        scope["request_id"] = request_id  # for the answer to a defect, which is made outside of all middleware
         try:
             await self._app(scope, receive, observed)
+        except Exception:
+            status = status or 500
+            raise
         finally:
-            self._record(scope, status, time.perf_counter() - start, request_id)
+            self._record(scope, status or CLIENT_GONE, time.perf_counter() - start, request_id)
 
     def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         metrics.http_requests.labels(_method(scope["method"]), route, str(status)).inc()
         level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
-        log.log(level, "%s %s %d %.3f s %s", scope["method"], scope["path"], status, seconds, request_id)
+        log.log(level, "%s %s %d %.3f s %s", scope["method"], quote(scope["path"]), status, seconds, request_id)
 
 
 def _method(method: str) -> str:

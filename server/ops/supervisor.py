@@ -23,6 +23,15 @@ STOP_PATIENCE_S = 10.0
 PREFLIGHT_TIMEOUT_S = 60.0
 
 
+# What each signal does; docs/operations.md shows this table.
+SIGNALS = {
+    signal.SIGTERM: "Drain: new requests get 503 with Retry-After, running answers finish, everything stops, exit 0.",
+    signal.SIGINT: "(Ctrl-C) As TERM. A second TERM or INT stops at once; running streams end with an error event.",
+    signal.SIGHUP: "Reload: try new code and settings in a child; if that passes, new workers replace the old ones, "
+    "which finish their streams. The engine and its weights are not touched.",
+}
+
+
 class Supervisor:
     """`run` until a signal says stop, or a child gives up. Belongs to one event loop."""
 
@@ -58,10 +67,9 @@ class Supervisor:
     # --- signals ---
 
     def _install_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._handle_stop)
-        loop.add_signal_handler(signal.SIGINT, self._handle_stop)
-        loop.add_signal_handler(signal.SIGHUP, self._handle_hup)
+        for number in SIGNALS:
+            handler = self._handle_hup if number is signal.SIGHUP else self._handle_stop
+            asyncio.get_running_loop().add_signal_handler(number, handler)
 
     def _handle_stop(self) -> None:
         if self._stop_asked.is_set():

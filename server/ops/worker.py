@@ -42,7 +42,7 @@ class PatientServer(Server):
             await asyncio.sleep(HEARTBEAT_S)
 
 
-class Worker(UvicornWorker):
+class Worker(UvicornWorker):  # type: ignore[misc]  # uvicorn-worker has no type hints
     CONFIG_KWARGS: dict[str, Any] = {  # noqa: RUF012 - the base class's own way
         "loop": "uvloop",
         "http": "httptools",

@@ -17,6 +17,7 @@ import httpx
 import psutil
 
 START_TIMEOUT_S = 90.0
+PROMPT = "一二三四五六七八九十"
 
 
 class Service:
@@ -140,7 +141,7 @@ def http_client() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=120, limits=limits)
 
 
-async def stream(client: httpx.AsyncClient, url: str, *, max_tokens: int, prompt: str = "一二三四五六七八九十") -> Stream:
+async def stream(client: httpx.AsyncClient, url: str, *, max_tokens: int, prompt: str = PROMPT) -> Stream:
     """One chat stream to its end, however it ends."""
     seen = Stream()
     body = {

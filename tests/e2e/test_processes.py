@@ -11,7 +11,17 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.service import Service, Stream, free_port, http_client, in_loop, one_stream, start_streams, stream, wait_for
+from tests.e2e.service import (
+    Service,
+    Stream,
+    free_port,
+    http_client,
+    in_loop,
+    one_stream,
+    start_streams,
+    stream,
+    wait_for,
+)
 
 Serve = Callable[..., Service]
 pytestmark = pytest.mark.e2e
