@@ -65,8 +65,8 @@ def _routes() -> list[Route]:
         Route("/livez", health.livez),
         Route("/readyz", health.readyz),
         Route("/metrics", health.metrics),
-        Route("/", pages),
-        Route("/static/{path:path}", pages),
+        Route("/", pages, methods=["GET"]),
+        Route("/static/{path:path}", pages, methods=["GET"]),
     ]
 
 
@@ -74,6 +74,7 @@ def _routes() -> list[Route]:
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     serving: Serving = app.state.serving
     serving.client.start()
+    await serving.settle()
     keep_alive = asyncio.create_task(_keep_streams_alive(serving))
     try:
         yield
@@ -112,7 +113,8 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     internal = InternalError("The server failed to handle this request; its log has the reason.")
-    return JSONResponse(internal.envelope(), status_code=internal.status)
+    headers = {"X-Request-Id": request.scope.get("request_id", "")}
+    return JSONResponse(internal.envelope(), status_code=internal.status, headers=headers)
 
 
 def _from_environment() -> Starlette:

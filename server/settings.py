@@ -119,12 +119,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def load_settings(arguments: Mapping[str, Any] | None = None, *, dotenv_path: Path = Path(".env")) -> Resolved:
     """Read and merge all layers. Raises ConfigError naming the value, its source and what is accepted."""
     given = {k: v for k, v in (arguments or {}).items() if v is not None}
-    config_path = given.pop("config", None) or os.environ.get(CONFIG_VARIABLE)
+    dotenv = _read_dotenv(dotenv_path)
+    config_path = given.pop("config", None) or os.environ.get(CONFIG_VARIABLE) or dotenv.get(CONFIG_VARIABLE)
     environment, warnings = _environment_layer(os.environ)
     layers = [
         ("command line", given),
         ("environment", environment),
-        (str(dotenv_path), _known_variables(_read_dotenv(dotenv_path), str(dotenv_path))),
+        (str(dotenv_path), _known_variables(dotenv, str(dotenv_path))),
         (str(config_path), _read_config(Path(config_path)) if config_path else {}),
     ]
     values: dict[str, Any] = {}

@@ -55,6 +55,8 @@ class Answer:
         self.choices = [Choice(i, tokenizer, self.options) for i in range(len(self.prompts) * self.n)]
         self._prompt_tokens = sum(map(len, self.prompts))
         self._generations: list[Generation] = []
+        self._merged: AsyncIterator[tuple[int, list[SequenceOutput]]] | None = None
+        self._num_unfinished = len(self.choices)
 
     @property
     def usage(self) -> Usage:
@@ -100,23 +102,28 @@ class Answer:
         for generation in self._generations:
             generation.fail(ClientGone("The client closed the connection."))
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """News as it comes; an empty list is a nudge to keep the connection alive.
+    @property
+    def is_finished(self) -> bool:
+        """Every choice has had its last delta."""
+        return self._num_unfinished == 0
+
+    async def next_deltas(self) -> list[Delta]:
+        """News as it comes; an empty list is a nudge to keep the connection alive. Not once `is_finished`.
 
         Raises the QloopError that ended the request early.
         """
         if len(self._generations) == 1:
-            while not self._generations[0].is_finished:
-                yield self._digest(0, await self._generations[0].next())
-        else:
-            async for number, outputs in _merged(self._generations):
-                yield self._digest(number, outputs)
+            return self._digest(0, await self._generations[0].next())
+        if self._merged is None:
+            self._merged = _merged(self._generations)
+        number, outputs = await anext(self._merged)
+        return self._digest(number, outputs)
 
     async def complete(self) -> list[list[Delta]]:
         """All deltas of each choice."""
         collected: list[list[Delta]] = [[] for _ in self.choices]
-        async for deltas in self.deltas():
-            for delta in deltas:
+        while not self.is_finished:
+            for delta in await self.next_deltas():
                 collected[delta.index].append(delta)
         return collected
 
@@ -126,8 +133,10 @@ class Answer:
             choice = self.choices[number * self.n + output.index]
             if choice.is_finished:
                 continue  # computed between the stop string and the engine's hearing of it
-            deltas.append(choice.feed(output))
-            if choice.is_finished:
+            delta = choice.feed(output)
+            deltas.append(delta)
+            if delta.finish_reason is not None:
+                self._num_unfinished -= 1
                 self._generations[number].abort(output.index)
         if deltas:
             self.timer.saw_output()
@@ -148,6 +157,7 @@ async def _merged(generations: list[Generation]) -> AsyncIterator[tuple[int, lis
     finally:
         for task in waiting:
             task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)  # one error is enough to tell
 
 
 def new_id(prefix: str) -> str:

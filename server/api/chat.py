@@ -1,6 +1,5 @@
 """`POST /v1/chat/completions` (OpenAI API reference, "Create chat completion")."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
@@ -13,12 +12,15 @@ from server.api.parameters import choice_options, sampling_params
 from server.api.protocol import ROLES, ChatMessage, ChatRequest, parse
 from server.api.request import begin, in_thread_if_long, response_headers
 from server.api.serving import Serving
-from server.api.sse import KEEP_ALIVE, EventStream, WholeAnswer, encode_json
+from server.api.sse import EventStream, WholeAnswer, encode_json
 from server.errors import InvalidRequest
 from server.ops.metrics import AnswerTimer
 from server.text.render import ChatRenderer
 from server.text.template import TemplateError
 from server.text.tokenizer import TextError
+
+# `ChatRenderer.render`'s own arguments.
+RESERVED_KWARGS = frozenset({"self", "messages", "tools", "add_generation_prompt", "continue_final_message"})
 
 
 async def create_chat_completion(request: Request) -> Response:
@@ -43,10 +45,10 @@ async def create_chat_completion(request: Request) -> Response:
     answer = Answer(
         serving, target, [prompt], params, body.n or 1, choice_options(body, serving), new_id("chatcmpl"), timer
     )
-    await answer.submit()
     headers = response_headers(ignored)
+    await answer.submit()
     if body.stream:
-        return EventStream(answer, _events(answer, body, ChatChunks(answer, body)), headers)
+        return EventStream(answer, ChatChunks(answer, body), headers)
 
     async def build() -> dict[str, Any]:
         return _whole(answer, body, await answer.complete())
@@ -65,7 +67,7 @@ async def render_chat(
     """Prompt ids. Raises InvalidRequest naming the message, or with the template's own complaint."""
     plain = [_plain_message(message, place) for place, message in enumerate(messages)]
     length = sum(len(message["content"]) for message in plain)
-    reserved = {"messages", "tools", "add_generation_prompt", "continue_final_message"} & template_kwargs.keys()
+    reserved = RESERVED_KWARGS & template_kwargs.keys()
     if reserved:
         raise InvalidRequest(
             f"'chat_template_kwargs' may not set {sorted(reserved)[0]!r}.", param="chat_template_kwargs"
@@ -83,8 +85,10 @@ async def render_chat(
 
     try:
         return await in_thread_if_long(length, render)
-    except (TemplateError, TextError) as error:
+    except TemplateError as error:
         raise InvalidRequest(str(error), param="messages", code="invalid_messages") from None
+    except TextError as error:
+        raise InvalidRequest(str(error), param=error.param or "messages", code="invalid_messages") from None
 
 
 def _plain_message(message: ChatMessage, place: int) -> dict[str, Any]:
@@ -96,7 +100,15 @@ def _plain_message(message: ChatMessage, place: int) -> dict[str, Any]:
             code="invalid_value",
         )
     if message.tool_calls or message.role == "tool" or message.tool_call_id is not None:
-        raise InvalidRequest("This server does not support tool calls.", param=where, code="unsupported_parameter")
+        raise InvalidRequest(
+            f"'{where}': this server does not support tool calls.", param=where, code="unsupported_parameter"
+        )
+    if message.refusal:
+        raise InvalidRequest(
+            f"This server cannot show '{where}.refusal' to the model; put its text into 'content'.",
+            param=f"{where}.refusal",
+            code="unsupported_parameter",
+        )
     if message.content is None:
         raise InvalidRequest(f"'{where}.content' is required.", param=f"{where}.content", code="invalid_value")
     content = message.content
@@ -166,18 +178,6 @@ def _prompt_logprobs(body: ChatRequest, collected: list[list[Delta]], tokenizer:
 # --- a stream ---
 
 
-async def _events(answer: Answer, body: ChatRequest, chunks: "ChatChunks") -> AsyncIterator[bytes]:
-    yield b"".join(chunks.role(choice.index) for choice in answer.choices)
-    async for deltas in answer.deltas():
-        if out := [chunks.delta(delta) for delta in deltas]:
-            if any(out):
-                yield b"".join(out)
-        else:
-            yield KEEP_ALIVE
-    if body.wants_usage:
-        yield chunks.usage()
-
-
 class ChatChunks:
     """Encodes chunks. All that stays the same in one answer is encoded once, as this runs for every token."""
 
@@ -197,11 +197,21 @@ class ChatChunks:
         self._starts = [self._head + b'{"index":%d,"delta":' % i for i in range(len(answer.choices))]
         self._plain_end = b'},"logprobs":null,"finish_reason":null}]'
 
-    def role(self, index: int) -> bytes:
+    def begin(self) -> bytes:
+        """Each choice's role, without text."""
         delta = b'{"role":"assistant","content":""'
-        return self._starts[index] + delta + self._plain_end + self._tail()
+        return b"".join(start + delta + self._plain_end + self._tail() for start in self._starts)
 
-    def delta(self, delta: Delta) -> bytes:
+    def news(self, deltas: list[Delta]) -> bytes:
+        return b"".join([self._delta(delta) for delta in deltas])
+
+    def end(self) -> bytes:
+        """With `include_usage` one more chunk, without choices."""
+        if not self._has_usage:
+            return b""
+        return self._head + b'],"usage":' + encode_json(self._answer.usage.as_dict()) + b"}\n\n"
+
+    def _delta(self, delta: Delta) -> bytes:
         """The text as one chunk, and the end, if it is one, as another."""
         out = b""
         if delta.text or delta.logprobs:
@@ -216,10 +226,6 @@ class ChatChunks:
             end = b'{},"logprobs":null,' + encode_json(ending)[1:] + b"]"
             out += self._starts[delta.index] + end + self._tail()
         return out
-
-    def usage(self) -> bytes:
-        """The last chunk with `include_usage`: no choices."""
-        return self._head + b'],"usage":' + encode_json(self._answer.usage.as_dict()) + b"}\n\n"
 
     def _tail(self) -> bytes:
         if self._has_continuous:

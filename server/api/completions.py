@@ -1,6 +1,5 @@
 """`POST /v1/completions` (OpenAI API reference, "Create completion"): raw prompts, as text or token ids."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
@@ -8,12 +7,12 @@ from starlette.responses import Response
 
 from server.api.answer import Answer, new_id
 from server.api.choice import Delta
-from server.api.logprobs import completion_logprobs, vllm_prompt_logprobs
+from server.api.logprobs import completion_logprobs, text_of, vllm_prompt_logprobs
 from server.api.parameters import choice_options, sampling_params
 from server.api.protocol import CompletionRequest, parse
 from server.api.request import begin, in_thread_if_long, response_headers
 from server.api.serving import Serving
-from server.api.sse import KEEP_ALIVE, EventStream, WholeAnswer, encode_json
+from server.api.sse import EventStream, WholeAnswer, encode_json
 from server.engine.messages import TokenLogprobs
 from server.errors import InvalidRequest
 from server.ops.metrics import AnswerTimer
@@ -37,11 +36,11 @@ async def create_completion(request: Request) -> Response:
     )
     timer = AnswerTimer("completions", target.model_id)
     answer = Answer(serving, target, prompts, params, body.n or 1, choice_options(body, serving), new_id("cmpl"), timer)
-    await answer.submit()
     headers = response_headers(ignored)
+    await answer.submit()
     writer = CompletionWriter(answer, body)
     if body.stream:
-        return EventStream(answer, writer.events(), headers)
+        return EventStream(answer, writer, headers)
     return WholeAnswer(answer, writer.whole, headers)
 
 
@@ -98,50 +97,73 @@ class CompletionWriter:
             "system_fingerprint": answer.serving.fingerprint(answer.target),
         }
         self._offsets = [0] * len(answer.choices)
+        self._waiting: list[Delta] = []
+        self._begun: set[int] = set()  # choices that have shown something
+        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}  # by prompt: all its choices share them
         self._head = b"data: " + encode_json(self._common)[:-1] + b',"choices":['
 
     async def whole(self) -> dict[str, Any]:
         collected = await self._answer.complete()
+        for deltas in collected:
+            self._keep_prompt_logprobs(deltas)
         choices = [self._whole_choice(index, deltas) for index, deltas in enumerate(collected)]
         return {**self._common, "choices": choices, "usage": self._answer.usage.as_dict()}
 
-    async def events(self) -> AsyncIterator[bytes]:
-        if self._body.echo and self._body.logprobs is None:
-            yield b"".join(
-                self._chunk(index, self._prompt_text(index), None, None, None) for index in range(len(self._offsets))
-            )
-        async for deltas in self._answer.deltas():
-            if out := [self._delta_chunk(delta) for delta in deltas]:
-                if any(out):
-                    yield b"".join(out)
-            else:
-                yield KEEP_ALIVE
-        if self._body.wants_usage:
-            yield self._head + b'],"usage":' + encode_json(self._answer.usage.as_dict()) + b"}\n\n"
+    def begin(self) -> bytes:
+        """The prompts, with `echo`; with their logprobs they come later, as part of the first delta."""
+        if not self._body.echo or self._echoes_logprobs:
+            return b""
+        return b"".join(self._chunk(i, self._prompt_text(i), None, None, None) for i in range(len(self._offsets)))
+
+    def news(self, deltas: list[Delta]) -> bytes:
+        self._keep_prompt_logprobs(deltas)
+        waiting = self._waiting + deltas
+        self._waiting = [delta for delta in waiting if not self._can_show(delta)]
+        return b"".join([self._delta_chunk(delta) for delta in waiting if self._can_show(delta)])
+
+    def end(self) -> bytes:
+        if not self._body.wants_usage:
+            return b""
+        return self._head + b'],"usage":' + encode_json(self._answer.usage.as_dict()) + b"}\n\n"
 
     def _whole_choice(self, index: int, deltas: list[Delta]) -> dict[str, Any]:
         merged = Delta(index, "".join(delta.text for delta in deltas))
         if self._body.logprobs is not None:
             merged.logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
-        merged.prompt_logprobs = next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None)
         choice = {
             "index": index,
             "text": (self._prompt_text(index) if self._body.echo else "") + merged.text,
-            "logprobs": self._logprobs(merged),
+            "logprobs": self._logprobs(merged, is_first=True),
             "finish_reason": deltas[-1].finish_reason,
             "stop_reason": deltas[-1].stop_reason,
         }
         if self._body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = vllm_prompt_logprobs(merged.prompt_logprobs, self._tokenizer)
+            entries = self._prompt_logprobs.get(index // self._answer.n)
+            choice["prompt_logprobs"] = vllm_prompt_logprobs(entries, self._tokenizer)
         return choice
 
+    def _keep_prompt_logprobs(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            if delta.prompt_logprobs is not None:
+                self._prompt_logprobs[delta.index // self._answer.n] = delta.prompt_logprobs
+
+    @property
+    def _echoes_logprobs(self) -> bool:
+        return bool(self._body.echo) and self._body.logprobs is not None
+
+    def _can_show(self, delta: Delta) -> bool:
+        """The prompt's logprobs come with its first choice; the others wait for them."""
+        return not self._echoes_logprobs or delta.index // self._answer.n in self._prompt_logprobs
+
     def _delta_chunk(self, delta: Delta) -> bytes:
-        text = delta.text
-        if self._body.echo and self._body.logprobs is not None and delta.prompt_logprobs is not None:
+        text, is_first = delta.text, delta.index not in self._begun
+        if is_first and self._echoes_logprobs:
             text = self._prompt_text(delta.index) + text
         if not text and not delta.logprobs and delta.finish_reason is None:
             return b""
-        return self._chunk(delta.index, text, self._logprobs(delta), delta.finish_reason, delta.stop_reason)
+        self._begun.add(delta.index)
+        logprobs = self._logprobs(delta, is_first=is_first)
+        return self._chunk(delta.index, text, logprobs, delta.finish_reason, delta.stop_reason)
 
     def _chunk(self, index: int, text: str, logprobs: Any, finish: str | None, stop_reason: str | int | None) -> bytes:
         choice = {
@@ -158,13 +180,13 @@ class CompletionWriter:
             tail = b',"usage":null' + tail
         return self._head + encode_json(choice) + b"]" + tail
 
-    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
+    def _logprobs(self, delta: Delta, *, is_first: bool) -> dict[str, Any] | None:
         if self._body.logprobs is None:
             return None
         entries: list[TokenLogprobs | None] = list(delta.logprobs or ())
         ids = [entry.token_id for entry in delta.logprobs or ()]
-        if self._body.echo and delta.prompt_logprobs is not None:
-            entries = [*delta.prompt_logprobs, *entries]
+        if is_first and self._echoes_logprobs:
+            entries = [*self._prompt_logprobs.get(delta.index // self._answer.n, ()), *entries]
             ids = [*self._prompt(delta.index), *ids]
         shape = completion_logprobs(entries, ids, self._body.logprobs, self._tokenizer, self._offsets[delta.index])
         self._offsets[delta.index] += sum(map(len, shape["tokens"]))
@@ -174,4 +196,4 @@ class CompletionWriter:
         return self._answer.prompts[index // self._answer.n]
 
     def _prompt_text(self, index: int) -> str:
-        return self._tokenizer.decode(self._prompt(index), skip_special_tokens=False)
+        return text_of(self._prompt(index), self._tokenizer)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from server.engine.messages import TokenLogprobs
+from server.text.detokenize import Detokenizer
 from server.text.tokenizer import Tokenizer
 
 # JSON has no -inf; OpenAI's API reference uses this value for "very unlikely".
@@ -23,15 +24,33 @@ def _chat_entry(entry: TokenLogprobs, num_top: int, tokenizer: Tokenizer) -> dic
 
 
 def _token(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
-    raw = tokenizer.token_bytes(token_id)
+    raw = _bytes(token_id, tokenizer)
     return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, FLOOR), "bytes": list(raw)}
+
+
+def _bytes(token_id: int, tokenizer: Tokenizer) -> bytes:
+    """Embeddings have padding rows that no tokenizer knows; they show as nothing, as they do in the text."""
+    try:
+        return tokenizer.token_bytes(token_id)
+    except ValueError:
+        return b""
+
+
+def _text(token_id: int, tokenizer: Tokenizer) -> str:
+    return _bytes(token_id, tokenizer).decode("utf-8", "replace")
+
+
+def text_of(token_ids: list[int], tokenizer: Tokenizer) -> str:
+    """A prompt as its caller wrote it, control tokens and all."""
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+    return "".join([detokenizer.add(token_id) for token_id in token_ids])
 
 
 def completion_logprobs(
     entries: list[TokenLogprobs | None], token_ids: list[int], num_top: int, tokenizer: Tokenizer, offset: int = 0
 ) -> dict[str, Any]:
     """`choices[].logprobs` of a text completion; a None entry is the prompt's first token, which has none."""
-    tokens = [tokenizer.token_bytes(token_id).decode("utf-8", "replace") for token_id in token_ids]
+    tokens = [_text(token_id, tokenizer) for token_id in token_ids]
     offsets = []
     for token in tokens:
         offsets.append(offset)
@@ -47,10 +66,10 @@ def completion_logprobs(
 def _top(entry: TokenLogprobs, num_top: int, tokenizer: Tokenizer) -> dict[str, float]:
     """The most likely tokens, and the chosen one where it is not among them (as OpenAI does)."""
     top = {
-        tokenizer.token_bytes(token_id).decode("utf-8", "replace"): max(logprob, FLOOR)
+        _text(token_id, tokenizer): max(logprob, FLOOR)
         for token_id, logprob in zip(entry.top_token_ids[:num_top], entry.top_logprobs, strict=False)
     }
-    chosen = tokenizer.token_bytes(entry.token_id).decode("utf-8", "replace")
+    chosen = _text(entry.token_id, tokenizer)
     return {**top, chosen: max(entry.logprob, FLOOR)}
 
 
@@ -73,7 +92,7 @@ def _by_id(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
         str(token_id): {
             "logprob": max(logprob, FLOOR),
             "rank": rank,
-            "decoded_token": tokenizer.token_bytes(token_id).decode("utf-8", "replace"),
+            "decoded_token": _text(token_id, tokenizer),
         }
         for token_id, (logprob, rank) in ranked.items()
     }

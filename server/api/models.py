@@ -1,4 +1,7 @@
-"""`GET /v1/models` and `/v1/models/{id}` (OpenAI API reference, "Models"), with vLLM's `root`, `parent`, `max_model_len`."""
+"""`GET /v1/models` and `/v1/models/{id}` (OpenAI API reference, "Models").
+
+`root`, `parent` and `max_model_len` are as vLLM has them.
+"""
 
 from typing import Any
 

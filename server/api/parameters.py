@@ -6,6 +6,7 @@ from server.api.serving import Serving
 from server.engine.messages import SamplingParams
 from server.errors import InvalidRequest
 
+MAX_ID_DIGITS = 10
 _BUILT_IN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
@@ -28,6 +29,11 @@ def sampling_params(
         raise InvalidRequest(
             f"'min_tokens' ({body.min_tokens}) is larger than max_tokens ({max_tokens}).", param="min_tokens"
         )
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("'stream_options' needs 'stream': true.", param="stream_options", code="invalid_value")
+    if body.prompt_logprobs is not None and body.stream:
+        message = "'prompt_logprobs' is only given with 'stream': false."
+        raise InvalidRequest(message, param="prompt_logprobs", code="invalid_value")
     return SamplingParams(
         **{**chosen, "top_k": max(int(chosen["top_k"]), 0)},  # type: ignore[arg-type]
         max_tokens=max_tokens,
@@ -78,8 +84,8 @@ def _stop_ids(body: SamplingBody, serving: Serving) -> set[int]:
 def _logit_bias(body: SamplingBody, serving: Serving) -> dict[int, float]:
     bias = {}
     for key, value in (body.logit_bias or {}).items():
-        if not key.isascii() or not key.isdigit():
-            raise InvalidRequest(f"'logit_bias' has the key {key!r}; keys are token ids.", param="logit_bias")
+        if not (key.isascii() and key.isdigit() and len(key) <= MAX_ID_DIGITS):
+            raise InvalidRequest(f"'logit_bias' has the key {key[:20]!r}; keys are token ids.", param="logit_bias")
         _check_id(int(key), serving, "logit_bias")
         bias[int(key)] = value
     return bias

@@ -4,11 +4,12 @@ A field that is not here is not accepted: `parse` refuses it by name (or lists i
 References: OpenAI API reference, "Create chat completion" and "Create completion"; vLLM, "OpenAI-Compatible Server".
 """
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from server.errors import InvalidRequest
 
@@ -32,17 +33,51 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
 
 
-class StreamOptions(_Body):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+class _Part(_Body):
+    """Inside a body the same holds as at its top: nulls and neutral values may stand, other unknown names may not."""
+
+    place: ClassVar[str]
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, values: Any, info: ValidationInfo) -> Any:
+        if not isinstance(values, dict):
+            return values
+        ignored: dict[str, None] | None = info.context
+        fields = {}
+        for name, value in values.items():
+            if name in cls.model_fields:
+                fields[name] = value
+            elif value is None or value in cls.neutral.get(name, ()):
+                continue
+            elif ignored is not None:
+                ignored[f"{cls.place}.{name}"] = None
+            else:
+                fields[name] = value  # refused by pydantic, which knows the whole path
+        return fields
 
 
-class TextPart(_Body):
+class StreamOptions(_Part):
+    place = "stream_options"
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"include_obfuscation": (False,)}
+
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class TextPart(_Part):
+    place = "messages[].content[]"
+
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Body):
+class ChatMessage(_Part):
+    place = "messages[]"
+    # What the SDK writes into the answers that callers send back.
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"annotations": ([],)}
+
     role: str
     content: str | list[TextPart] | None = None
     name: str | None = None
@@ -105,7 +140,7 @@ class ChatRequest(SamplingBody):
         "parallel_tool_calls": (True, False),  # without tools both mean the same
         "prediction": (),
         "prompt_cache_key": (),
-        "reasoning_effort": (),
+        "reasoning_effort": ("none", "medium"),  # OpenAI's defaults, older and newer
         "response_format": ({"type": "text"},),
         "safety_identifier": (),
         "service_tier": ("auto", "default"),
@@ -166,9 +201,10 @@ def parse(kind: type[Body], raw: bytes, *, is_lenient: bool) -> tuple[Body, list
 
     Raises InvalidRequest naming the place: broken JSON by its position, a value by its path.
     """
-    fields, ignored = _known_fields(kind, _decode(raw), is_lenient)
+    ignored: dict[str, None] | None = {} if is_lenient else None
+    fields = _known_fields(kind, _decode(raw), ignored)
     try:
-        return kind.model_validate(fields), ignored
+        return kind.model_validate(fields, context=ignored), list(ignored or ())
     except ValidationError as error:
         raise _invalid_value(error) from None
 
@@ -177,16 +213,27 @@ def _decode(raw: bytes) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"The request body is not valid JSON: {error}.", code="invalid_json") from None
+        reason = "it holds a lone surrogate, which is no valid Unicode" if _has_lone_surrogate(raw) else str(error)
+        raise InvalidRequest(f"The request body is not valid JSON: {reason}.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise InvalidRequest("The request body must be a JSON object.", code="invalid_json")
     return value
 
 
-def _known_fields(kind: type[Body], values: dict[str, Any], is_lenient: bool) -> tuple[dict[str, Any], list[str]]:
-    """Nulls and neutral values dropped, the rest kept; unknown names refused, or listed where lenient."""
+def _has_lone_surrogate(raw: bytes) -> bool:
+    r"""Such as `"\ud800"`: the decoder calls it truncated, but Python's own reads it."""
+    try:
+        json.dumps(json.loads(raw), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _known_fields(kind: type[Body], values: dict[str, Any], ignored: dict[str, None] | None) -> dict[str, Any]:
+    """Nulls and neutral values dropped, the rest kept; unknown names go into `ignored`, or are refused without one."""
     fields: dict[str, Any] = {}
-    ignored: list[str] = []
     for name, value in values.items():
         if value is None and name not in _required(kind):
             continue
@@ -194,11 +241,11 @@ def _known_fields(kind: type[Body], values: dict[str, Any], is_lenient: bool) ->
             fields[name] = value
         elif value in kind.neutral.get(name, ()):
             continue
-        elif is_lenient:
-            ignored.append(name)
+        elif ignored is not None:
+            ignored[name] = None
         else:
             raise _unknown(name, kind.neutral)
-    return fields, ignored
+    return fields
 
 
 def _required(kind: type[Body]) -> Sequence[str]:
@@ -220,6 +267,8 @@ def _invalid_value(error: ValidationError) -> InvalidRequest:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in _path(problem["loc"])).lstrip(".")
     if problem["type"] == "missing":
         return InvalidRequest(f"Missing required parameter: {path!r}.", param=path, code="missing_required_parameter")
+    if problem["type"] == "extra_forbidden":
+        return InvalidRequest(f"Unknown parameter: {path!r}.", param=path, code="unknown_parameter")
     return InvalidRequest(f"Invalid value for {path!r}: {problem['msg']}.", param=path, code="invalid_value")
 
 

@@ -1,8 +1,9 @@
-"""What every generating endpoint does first and last: read the body, work off the event loop, name ignored parameters."""
+"""What every generating endpoint does first and last: read the body, keep the event loop free, say what it ignored."""
 
 import asyncio
 from collections.abc import Callable
 from typing import TypeVar
+from urllib.parse import quote
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -12,6 +13,9 @@ from server.errors import BodyTooLarge
 
 # Encoding takes about 1 µs per character; longer than this it would delay other callers' tokens.
 LONG_TEXT_CHARS = 4_000
+MAX_NAMES = 32
+MAX_NAME_CHARS = 64
+_HEADER_SAFE = "[]().:-_~"
 
 T = TypeVar("T")
 
@@ -40,4 +44,8 @@ async def in_thread_if_long(num_chars: int, work: Callable[[], T]) -> T:
 
 
 def response_headers(ignored: list[str]) -> dict[str, str]:
-    return {"X-Ignored-Params": ", ".join(sorted(ignored))} if ignored else {}
+    """Names come from the caller: percent-encoded where a header could not hold them, and cut where they go on."""
+    if not ignored:
+        return {}
+    names = [quote(name[:MAX_NAME_CHARS], safe=_HEADER_SAFE) for name in sorted(ignored)[:MAX_NAMES]]
+    return {"X-Ignored-Params": ", ".join([*names, "..."] if len(ignored) > MAX_NAMES else names)}

@@ -22,6 +22,7 @@ from server.text.render import ChatRenderer
 
 log = logging.getLogger("qloop.worker")
 
+SETTLE_S = 10.0
 _DEFAULT_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -71,6 +72,12 @@ class Serving:
         if not self.client.is_connected:
             return self.client.refusal or "engine not running or still loading"
         return self._text_error or "loading the tokenizer"
+
+    async def settle(self) -> None:
+        """Before the first request is accepted: where an engine runs, be ready, so that a reload never answers 503."""
+        deadline = time.monotonic() + SETTLE_S
+        while not self.is_ready and self.settings.socket_path.exists() and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
 
     @property
     def text(self) -> TextSide:

@@ -6,13 +6,15 @@ Source of the format: WHATWG HTML, "Server-sent events".
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.answer import Answer, ClientGone
+from server.api.choice import Delta
 from server.errors import InternalError, QloopError
 
 log = logging.getLogger("qloop.worker")
@@ -56,18 +58,28 @@ class AnswerResponse(Response):
         raise NotImplementedError
 
 
-class EventStream(AnswerResponse):
-    """Sends whatever `events` yields, then `[DONE]`; an error becomes one error event and no `[DONE]`."""
+class EventWriter(Protocol):
+    """Turns one answer into events. Plain calls, no generators: they run for every token. Empty bytes are not sent."""
 
-    def __init__(self, answer: Answer, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+    def begin(self) -> bytes: ...
+
+    def news(self, deltas: list[Delta]) -> bytes: ...
+
+    def end(self) -> bytes: ...
+
+
+class EventStream(AnswerResponse):
+    """Sends what the writer makes of the answer, then `[DONE]`; an error becomes one error event and no `[DONE]`."""
+
+    def __init__(self, answer: Answer, writer: EventWriter, headers: dict[str, str]) -> None:
         super().__init__(answer, headers)
-        self._events = events
+        self._writer = writer
 
     async def respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS + self.extra})
         try:
-            async for body in self._events:
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+            # A task of its own: every token wakes it, and waking it here would walk down all layers above each time.
+            await asyncio.create_task(self._write(send))
             last = DONE
         except ClientGone:
             raise
@@ -77,6 +89,14 @@ class EventStream(AnswerResponse):
             log.exception("a stream failed")
             last = self._error_event(InternalError("The server failed while writing this answer."))
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _write(self, send: Send) -> None:
+        answer, writer = self.answer, self._writer
+        await _send_body(send, writer.begin())
+        while not answer.is_finished:
+            deltas = await answer.next_deltas()
+            await _send_body(send, writer.news(deltas) if deltas else KEEP_ALIVE)
+        await _send_body(send, writer.end())
 
     def _error_event(self, error: QloopError) -> bytes:
         self.answer.timer.outcome = error.code
@@ -101,6 +121,11 @@ class WholeAnswer(AnswerResponse):
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *self.extra]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _send_body(send: Send, body: bytes) -> None:
+    if body:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 async def _call_on_disconnect(receive: Receive, then: Callable[[], None]) -> None:

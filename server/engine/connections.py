@@ -96,8 +96,10 @@ class ClientConnection(FrameProtocol):
 
     def _hold(self, new: SequenceOutput) -> None:
         key = (new.request_id, new.index)
-        held = self._held.get(key)
-        self._held[key] = new if held is None else merged(held, new)
+        if (held := self._held.get(key)) is None:
+            self._held[key] = new
+        else:
+            append(held, new)
 
     def pause_writing(self) -> None:
         self._is_slow = True
@@ -115,21 +117,17 @@ class ClientConnection(FrameProtocol):
         self._owner.disconnected(self)
 
 
-def merged(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
-    """Two consecutive outputs of one sequence as one."""
-    return SequenceOutput(
-        request_id=first.request_id,
-        index=first.index,
-        new_token_ids=first.new_token_ids + second.new_token_ids,
-        num_tokens=max(first.num_tokens, second.num_tokens),
-        finish_reason=second.finish_reason,
-        stop_token_id=second.stop_token_id,
-        logprobs=None
-        if first.logprobs is None and second.logprobs is None
-        else (first.logprobs or []) + (second.logprobs or []),
-        prompt_logprobs=first.prompt_logprobs if first.prompt_logprobs is not None else second.prompt_logprobs,
-        error=second.error,
-    )
+def append(held: SequenceOutput, new: SequenceOutput) -> None:
+    """Two consecutive outputs of one sequence become one. In place: a held answer may grow for thousands of steps."""
+    held.new_token_ids += new.new_token_ids
+    held.num_tokens = max(held.num_tokens, new.num_tokens)
+    held.finish_reason, held.stop_token_id, held.error = new.finish_reason, new.stop_token_id, new.error
+    if held.logprobs is None:
+        held.logprobs = new.logprobs
+    elif new.logprobs is not None:
+        held.logprobs += new.logprobs
+    if held.prompt_logprobs is None:
+        held.prompt_logprobs = new.prompt_logprobs
 
 
 class EngineSocket:

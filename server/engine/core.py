@@ -156,7 +156,8 @@ class Core:
             return Rejected(request.request_id, "draining", "The server is shutting down.", None, RETRY_AFTER_S)
         if request.request_id in self._requests:
             return Rejected(request.request_id, "invalid_request", "This request id is already running.")
-        if not 1 <= request.n <= (most := self._max_queue + self.model.max_num_seqs):
+        most = self._max_queue + self.model.max_num_seqs
+        if not 1 <= request.n <= most:
             message = f"n must be between 1 and {most} on this server, not {request.n}."
             return Rejected(request.request_id, "invalid_request", message, "n")
         if request.n > (room := most - self._num_sequences()):

@@ -1,0 +1,127 @@
+"""Finding and checking base models on disk. Reads file names, JSON and headers; never loads weights or runs code."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from server.errors import ConfigError
+from server.store.home import Home
+from server.store.names import NameRefused, check_name
+from server.store.safetensors_check import BrokenFile, read_header
+
+DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt")
+INDEX_NAME = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def resolve_model(model: str, home: Home, *, revision: str | None = None) -> Path:
+    """The local folder of `model`: a folder, a model's name under `<home>/models`, or a hub id `Org/Name`.
+
+    A hub id is downloaded through huggingface_hub (safetensors, JSON, templates; never pickle) into its own cache.
+    Raises ConfigError when there is no such folder, or when the hub cannot be reached.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.is_file():
+        raise ConfigError(f"{model} is a file; give the model's folder (the one with config.json)")
+    if (named := _named_folder(model, home)) is not None:
+        return named
+    if not _HUB_ID.fullmatch(model):
+        raise ConfigError(
+            f"{model}: no such folder. Give a model folder's path or a hub id such as Qwen/Qwen2-7B-Instruct"
+        )
+    return _download(model, revision)
+
+
+def default_served_name(model: str) -> str:
+    """The API's name of a base model when none is set: its folder's name, or the last part of its hub id."""
+    name = Path(model).expanduser().name or Path(model).expanduser().resolve().name
+    try:
+        return check_name(name)
+    except NameRefused as error:
+        raise ConfigError(f"{error}. Set QLOOP_SERVED_MODEL_NAME to choose another name") from None
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """The folder's config.json. Raises ConfigError when it is missing or not a JSON object."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{path}: no config.json, so this is not a model folder")
+    config = read_json_object(file)
+    if not isinstance(config.get("model_type"), str):
+        raise ConfigError(f"{file}: has no model_type, so this is not a transformers model")
+    return config
+
+
+def check_model_folder(path: Path) -> None:
+    """Raise ConfigError, with the cure, unless the folder has all that serving needs and its weights are whole."""
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such folder")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ConfigError(f"{path} holds an adapter, not a base model: publish it and set QLOOP_MODEL to its base")
+    read_model_config(path)
+    for file in _weight_files(path):
+        try:
+            read_header(file)
+        except BrokenFile as error:
+            raise ConfigError(str(error)) from None
+    if not (path / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"{path}: no tokenizer.json. Make it once with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Parse a file that must hold one JSON object. Raises ConfigError naming the file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: a JSON object is expected")
+    return value
+
+
+def _named_folder(model: str, home: Home) -> Path | None:
+    try:
+        folder = home.models / check_name(model)
+    except NameRefused:
+        return None
+    return folder.resolve() if folder.is_dir() else None
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / INDEX_NAME
+    if index.is_file():
+        shards = read_json_object(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ConfigError(f"{index}: has no weight_map; copy or download it again")
+        names = sorted({str(name) for name in shards.values()})
+        missing = [name for name in names if Path(name).name != name or not (path / name).is_file()]
+        if missing:
+            raise ConfigError(f"{path}: weights are missing: {', '.join(missing)}. Copy or download them again")
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return files
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+        raise ConfigError(f"{path}: pickled weights are not loaded. Convert the model to safetensors first")
+    raise ConfigError(f"{path}: no *.safetensors weights; copy or download the model again")
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(DOWNLOAD_PATTERNS)))
+    except Exception as error:  # its errors share no base class: OSError, ValueError and HTTP client errors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{model}: is no local folder, and could not be downloaded ({type(error).__name__}: {reason[:300]}). "
+            "Check the name and the network (HF_ENDPOINT, HF_TOKEN), or give a folder's path"
+        ) from None

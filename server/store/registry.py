@@ -1,0 +1,189 @@
+"""The adapter registry: `<adapters>/<name>/<revision>/` and the one-line file `<name>/current`.
+
+A revision is named by its content hash, immutable and never overwritten. Writers (API and command line alike) take
+one file lock, write aside in the same file system and rename. Knows nothing about engines: loading is theirs.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from server.errors import ConfigError
+from server.store.card import AdapterCard, CardRefused, read_card, write_card
+from server.store.hashes import REVISION_FILES, folder_hash, write_text
+from server.store.model_folder import read_json_object
+from server.store.names import NameRefused, check_name, check_revision
+from server.store.safetensors_check import BrokenFile, read_header
+
+CONFIG_NAME, WEIGHTS_NAME = REVISION_FILES
+CURRENT = "current"
+_ASIDE = ".aside-"
+
+
+class RegistryError(Exception):
+    """An adapter that cannot be published, found or removed; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """One published revision."""
+
+    name: str
+    revision: str
+    path: Path
+    card: AdapterCard
+    is_current: bool
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}@{self.revision}"
+
+
+class Registry:
+    """Owns the adapters folder. Safe for several processes: readers never see a half-written revision."""
+
+    def __init__(self, adapters_dir: Path) -> None:
+        self.path = adapters_dir
+
+    def publish(self, folder: Path, name: str, card: AdapterCard) -> AdapterEntry:
+        """Copy a PEFT adapter folder in as a revision of `name`, and point `name` at it.
+
+        The same content again changes nothing but `current`. Raises RegistryError for an unusable name or folder.
+        """
+        name = _checked(name)
+        check_adapter_folder(folder)
+        with self._lock():
+            self._remove_torn()
+            aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=self.path))
+            try:
+                revision = self._fill(aside, folder, name, card)
+                target = self.path / name / revision
+                if not target.is_dir():
+                    target.parent.mkdir(exist_ok=True)
+                    os.replace(aside, target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+            write_text(self.path / name / CURRENT, revision + "\n")
+        return self.get(name, revision)
+
+    def promote(self, name: str, revision: str) -> AdapterEntry:
+        """Point `name` at one of its revisions; an earlier one is a rollback."""
+        with self._lock():
+            entry = self.get(name, revision)
+            write_text(self.path / entry.name / CURRENT, entry.revision + "\n")
+        return replace(entry, is_current=True)
+
+    def entries(self) -> list[AdapterEntry]:
+        """All readable revisions, by name, oldest first; unreadable folders are left out (`get` says why)."""
+        found = []
+        for name_dir in sorted(self._folders(self.path)):
+            for revision_dir in self._folders(name_dir):
+                with contextlib.suppress(RegistryError):
+                    found.append(self.get(name_dir.name, revision_dir.name))
+        return sorted(found, key=lambda entry: (entry.name, entry.card.created, entry.revision))
+
+    def get(self, name: str, revision: str | None = None) -> AdapterEntry:
+        """One revision, by default the current one. Raises RegistryError when there is none."""
+        name = _checked(name)
+        current = self.current(name)
+        chosen = _checked_revision(revision) if revision is not None else current
+        if chosen is None:
+            raise RegistryError(f"no adapter {name!r} in {self.path}: publish one with `python -m trainer publish`")
+        path = self.path / name / chosen
+        if not path.is_dir():
+            raise RegistryError(f"adapter {name!r} has no revision {chosen} in {self.path}")
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise RegistryError(f"{path} leads out of the registry; remove the link and publish the adapter again")
+        try:
+            return AdapterEntry(name, chosen, path, read_card(path), chosen == current)
+        except (CardRefused, ConfigError) as error:
+            raise RegistryError(str(error)) from None
+
+    def current(self, name: str) -> str | None:
+        """The revision that `name` means; None when there is no such name, or its file is damaged."""
+        try:
+            return check_revision((self.path / _checked(name) / CURRENT).read_text(encoding="utf-8").strip())
+        except (OSError, UnicodeDecodeError, NameRefused):
+            return None
+
+    def remove(self, name: str, revision: str | None = None) -> None:
+        """Delete one revision, or the name with all of them. The current revision goes only with its name."""
+        name = _checked(name)
+        with self._lock():
+            if revision is None:
+                target = self.path / name
+                if not target.is_dir():
+                    raise RegistryError(f"no adapter {name!r} in {self.path}")
+            else:
+                entry = self.get(name, revision)
+                if entry.is_current:
+                    raise RegistryError(f"{entry.id} is current: promote another revision, or remove the whole name")
+                target = entry.path
+            # Renamed first: a reader sees the whole folder or none.
+            doomed = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=self.path))
+            os.replace(target, doomed / "removed")
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _fill(self, aside: Path, folder: Path, name: str, card: AdapterCard) -> str:
+        for file in REVISION_FILES:
+            shutil.copyfile(folder / file, aside / file)
+        check_adapter_folder(aside)  # the copy is what will be served
+        revision = folder_hash(aside)
+        write_card(aside, replace(card, name=name, revision=revision, created=int(time.time())))
+        aside.chmod(0o755)
+        return revision
+
+    def _folders(self, parent: Path) -> Iterator[Path]:
+        if parent.is_dir():
+            yield from (path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+    def _remove_torn(self) -> None:
+        """Under the lock, anything aside was left by a writer that died."""
+        for path in self.path.glob(_ASIDE + "*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Raise RegistryError unless the folder holds a whole PEFT adapter in safetensors."""
+    if not folder.is_dir():
+        raise RegistryError(f"{folder}: no such folder")
+    if not (folder / WEIGHTS_NAME).is_file():
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise RegistryError(f"{folder}: pickled weights are refused; save the adapter with safe_serialization=True")
+        raise RegistryError(f"{folder}: no {WEIGHTS_NAME}, so this is not a trained adapter")
+    try:
+        config = read_json_object(folder / CONFIG_NAME)
+        tensors = read_header(folder / WEIGHTS_NAME)
+    except (ConfigError, BrokenFile) as error:
+        raise RegistryError(str(error)) from None
+    if not isinstance(config.get("peft_type"), str):
+        raise RegistryError(f"{folder / CONFIG_NAME}: has no peft_type, so this is not a PEFT adapter")
+    if not tensors:
+        raise RegistryError(f"{folder / WEIGHTS_NAME}: holds no tensors; the training run did not finish")
+
+
+def _checked(name: str) -> str:
+    try:
+        return check_name(name)
+    except NameRefused as error:
+        raise RegistryError(str(error)) from None
+
+
+def _checked_revision(revision: str) -> str:
+    try:
+        return check_revision(revision)
+    except NameRefused as error:
+        raise RegistryError(str(error)) from None
