@@ -1,35 +1,35 @@
 """Gunicorn's configuration: stands by itself (`gunicorn -c gunicorn.conf.py server.app:app`) and under the supervisor.
 
-Gunicorn runs this file again at every HUP, in its master, whose modules stay imported. So ours are dropped first:
-new workers are forked from the master and would otherwise run the code of the last start.
+Gunicorn runs this file in its master, at the start and at every HUP. It imports the app here, so that workers are
+forked with code and settings already in memory: they start at once, share pages, and one that replaces a killed
+worker runs what the others run, whatever has happened to the files since.
 """
 
-import os
+import importlib
 import shutil
 import sys
 from pathlib import Path
 
+# At a HUP the code of the last start is still imported; what is dropped here is read anew.
 for _name in [name for name in sys.modules if name.partition(".")[0] in ("server", "webchat")]:
     del sys.modules[_name]
 
-from server.ops.process import die_with_parent  # noqa: E402
-from server.settings import load_settings, prepare_multiprocess_metrics  # noqa: E402
+from server.settings import inherit, load_settings, prepare_multiprocess_metrics  # noqa: E402
 
 _settings = load_settings().settings
 _metrics_folder = prepare_multiprocess_metrics(_settings)
+inherit(_settings)
+importlib.import_module("server.app")  # makes no app: that is each worker's
 
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
 workers = _settings.workers
 # uvicorn's, measured beside Gunicorn's own `asgi` class; docs/operations.md has the figures and the reason.
 worker_class = "server.ops.worker.Worker"
-preload_app = False
 graceful_timeout = max(int(_settings.drain_timeout_s), 1)  # a worker that leaves finishes its streams first
 timeout = 60
 keepalive = 75
-backlog = 2048
 # Gunicorn's and uvicorn's info lines tell the story of every worker's birth; the supervisor and the app tell ours.
 loglevel = "warning" if _settings.log_level == "info" else _settings.log_level
-accesslog = None  # server.ops.observe writes it, with request ids
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
 proc_name = "qloop"
 control_socket_disable = True  # its default path is one for all Gunicorns of a user
@@ -43,7 +43,9 @@ def on_starting(server):  # type: ignore[no-untyped-def]
 
 def post_fork(server, worker):  # type: ignore[no-untyped-def]
     """uvicorn's worker does not notice that its master was killed; the kernel does."""
-    die_with_parent(server.pid if hasattr(server, "pid") else os.getppid())
+    from server.ops.process import die_with_parent
+
+    die_with_parent(server.pid)
 
 
 def child_exit(server, worker):  # type: ignore[no-untyped-def]

@@ -31,7 +31,7 @@ from server.errors import (
 from server.ops.auth import ApiKeyMiddleware
 from server.ops.logging import configure_logging
 from server.ops.observe import ObserveMiddleware
-from server.settings import Settings, load_settings
+from server.settings import Settings, worker_settings
 from webchat.app import create_app as create_pages
 
 log = logging.getLogger("qloop.worker")
@@ -118,7 +118,7 @@ async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _from_environment() -> Starlette:
-    settings = load_settings().settings
+    settings = worker_settings()
     configure_logging(settings.log_level)
     return create_app(settings)
 

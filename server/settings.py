@@ -136,6 +136,24 @@ def load_settings(arguments: Mapping[str, Any] | None = None, *, dotenv_path: Pa
     return Resolved(_absolute(_validate(values, sources)), sources, warnings)
 
 
+_inherited: Settings | None = None
+
+
+def inherit(settings: Settings) -> None:
+    """Gunicorn's master says once what all its workers run with, also those it starts later.
+
+    Otherwise a worker that replaces a killed one would read files that an operator is just editing; and a worker that
+    fails to boot takes Gunicorn's master, and every stream, with it.
+    """
+    global _inherited
+    _inherited = settings
+
+
+def worker_settings() -> Settings:
+    """The master's settings, or, without Gunicorn, this process's own."""
+    return _inherited or load_settings().settings
+
+
 def environment_for_children(arguments: Mapping[str, Any]) -> dict[str, str]:
     """This process's environment with the command line on top, so that children resolve the same settings."""
     overrides = {variable(k): str(v) for k, v in arguments.items() if v is not None and k in Settings.model_fields}

@@ -76,7 +76,9 @@ class Serving:
     async def settle(self) -> None:
         """Before the first request is accepted: where an engine runs, be ready, so that a reload never answers 503."""
         deadline = time.monotonic() + SETTLE_S
-        while not self.is_ready and self.settings.socket_path.exists() and time.monotonic() < deadline:
+        while not (self.is_ready or self.client.is_draining) and time.monotonic() < deadline:
+            if not self.settings.socket_path.exists():
+                return
             await asyncio.sleep(0.01)
 
     @property

@@ -15,30 +15,66 @@ from prometheus_client import (
     generate_latest,
     multiprocess,
 )
-from prometheus_client import REGISTRY as PROCESS_REGISTRY
 from prometheus_client.values import ValueClass
 
 from server.engine.messages import EngineStats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+# Not the library's global one: Gunicorn's master imports this module again at every reload.
+PROCESS_REGISTRY = CollectorRegistry()
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
-http_requests = Counter("qloop_http_requests", "Answered HTTP requests.", ["method", "route", "code"])
+http_requests = Counter(
+    "qloop_http_requests", "Answered HTTP requests.", ["method", "route", "code"], registry=PROCESS_REGISTRY
+)
 answers = Counter(
-    "qloop_answers", "Ended generations; outcome is ok, cancelled or an error code.", ["endpoint", "model", "outcome"]
+    "qloop_answers",
+    "Ended generations; outcome is ok, cancelled or an error code.",
+    ["endpoint", "model", "outcome"],
+    registry=PROCESS_REGISTRY,
 )
-prompt_tokens = Counter("qloop_prompt_tokens", "Prompt tokens of ended generations.", ["model"])
-generated_tokens = Counter("qloop_generated_tokens", "Generated tokens of ended generations.", ["model"])
+prompt_tokens = Counter(
+    "qloop_prompt_tokens", "Prompt tokens of ended generations.", ["model"], registry=PROCESS_REGISTRY
+)
+generated_tokens = Counter(
+    "qloop_generated_tokens", "Generated tokens of ended generations.", ["model"], registry=PROCESS_REGISTRY
+)
 first_token_s = Histogram(
-    "qloop_time_to_first_token_seconds", "From the request's arrival to its first output.", ["model"], buckets=_SECONDS
+    "qloop_time_to_first_token_seconds",
+    "From the request's arrival to its first output.",
+    ["model"],
+    buckets=_SECONDS,
+    registry=PROCESS_REGISTRY,
 )
-answer_s = Histogram("qloop_answer_seconds", "From the request's arrival to its end.", ["model"], buckets=_SECONDS)
+answer_s = Histogram(
+    "qloop_answer_seconds",
+    "From the request's arrival to its end.",
+    ["model"],
+    buckets=_SECONDS,
+    registry=PROCESS_REGISTRY,
+)
 _MODE: Final = "livemostrecent"
-engine_ready = Gauge("qloop_engine_ready", "1 while the engine answers and takes requests.", multiprocess_mode=_MODE)
-sequences_running = Gauge("qloop_sequences_running", "Sequences being computed.", multiprocess_mode=_MODE)
-sequences_waiting = Gauge("qloop_sequences_waiting", "Sequences in the queue.", multiprocess_mode=_MODE)
-kv_tokens_used = Gauge("qloop_kv_tokens_used", "Tokens of KV memory in use or reserved.", multiprocess_mode=_MODE)
-kv_tokens_total = Gauge("qloop_kv_tokens_total", "Tokens of KV memory there are.", multiprocess_mode=_MODE)
+engine_ready = Gauge(
+    "qloop_engine_ready",
+    "1 while the engine answers and takes requests.",
+    multiprocess_mode=_MODE,
+    registry=PROCESS_REGISTRY,
+)
+sequences_running = Gauge(
+    "qloop_sequences_running", "Sequences being computed.", multiprocess_mode=_MODE, registry=PROCESS_REGISTRY
+)
+sequences_waiting = Gauge(
+    "qloop_sequences_waiting", "Sequences in the queue.", multiprocess_mode=_MODE, registry=PROCESS_REGISTRY
+)
+kv_tokens_used = Gauge(
+    "qloop_kv_tokens_used",
+    "Tokens of KV memory in use or reserved.",
+    multiprocess_mode=_MODE,
+    registry=PROCESS_REGISTRY,
+)
+kv_tokens_total = Gauge(
+    "qloop_kv_tokens_total", "Tokens of KV memory there are.", multiprocess_mode=_MODE, registry=PROCESS_REGISTRY
+)
 
 
 def exposition() -> bytes:

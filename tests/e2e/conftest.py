@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.service import Service, running
+from tests.e2e.service import Supervised, running
+from tests.models import write_fake_model
+from tests.services import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+
+@pytest.fixture(scope="session")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a context that a stream does not fill while a test looks at it."""
+    return write_fake_model(tmp_path_factory.mktemp("fake") / "long", context=8192)
 
 
 @pytest.fixture
@@ -23,15 +29,15 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def serve(tmp_path: Path, echo_model: Path) -> Iterator[Callable[..., Service]]:
+def serve(tmp_path: Path, long_model: Path) -> Iterator[Callable[..., Supervised]]:
     """Start a service; it and all its processes are gone when the test ends."""
 
     with contextlib.ExitStack() as stack:
 
-        def start(tree: Path = ROOT, **settings: str) -> Service:
+        def start(tree: Path = ROOT, **settings: str) -> Supervised:
             home = tmp_path / "home"
             home.mkdir(exist_ok=True)
-            defaults = {"QLOOP_MODEL": str(echo_model), "QLOOP_ENGINE": "fake", "QLOOP_FAKE_TOKENS_PER_S": "50"}
-            return stack.enter_context(running(Service(home, tree, defaults | settings)))
+            defaults = {"QLOOP_MODEL": str(long_model), "QLOOP_ENGINE": "fake", "QLOOP_FAKE_TOKENS_PER_S": "50"}
+            return stack.enter_context(running(Supervised(home, tree, defaults | settings)))
 
         yield start

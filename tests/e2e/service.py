@@ -3,11 +3,10 @@
 import asyncio
 import contextlib
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,11 +15,13 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.services import clean_environment, free_port, wait_until
+
 START_TIMEOUT_S = 90.0
 PROMPT = "一二三四五六七八九十"
 
 
-class Service:
+class Supervised:
     """`python -m server` with settings of its own. `tree` is the code it runs from: it can be changed under it."""
 
     def __init__(self, home: Path, tree: Path, settings: dict[str, str]) -> None:
@@ -28,23 +29,20 @@ class Service:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = home / "service.log"
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("QLOOP_")}
-        self._environment = {
-            **clean,
-            "PYTHONPATH": str(tree),
+        own = {
             "QLOOP_HOME": str(home),
-            "QLOOP_ENGINE_SOCKET": f"/tmp/qloop-test-{os.getpid()}-{self.port}.sock",
+            "QLOOP_ENGINE_SOCKET": f"{tempfile.gettempdir()}/qloop-test-{self.port}.sock",
             "QLOOP_PORT": str(self.port),
-            **settings,
         }
+        self._environment = clean_environment(**own, **settings) | {"PYTHONPATH": str(tree)}
         self._cwd = home
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> "Service":
+    def start(self) -> "Supervised":
         with self.log_path.open("ab") as log:
             command = [sys.executable, "-m", "server"]
             self._process = subprocess.Popen(command, env=self._environment, cwd=self._cwd, stdout=log, stderr=log)
-        wait_for(lambda: self.is_ready or not self.is_alive, START_TIMEOUT_S, "the service to be ready")
+        wait_until(lambda: self.is_ready or not self.is_alive, START_TIMEOUT_S, "the service to be ready")
         assert self.is_alive, self.log
         return self
 
@@ -95,7 +93,7 @@ class Service:
         """HUP, and wait until only new workers are there."""
         old = self.worker_pids
         self.send(signal.SIGHUP)
-        wait_for(lambda: self.worker_pids and not (self.worker_pids & old), 60, "new workers")
+        wait_until(lambda: self.worker_pids and not (self.worker_pids & old), 60, "new workers")
 
     def wait_exit(self, timeout_s: float) -> int:
         assert self._process is not None
@@ -191,27 +189,11 @@ def start_streams(url: str, count: int, *, max_tokens: int) -> list["asyncio.Tas
 
 async def in_loop(condition: Callable[[], object], timeout_s: float, what: str) -> None:
     """Poll without stopping the streams of this event loop."""
-    await asyncio.to_thread(wait_for, condition, timeout_s, what)
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> float:
-    """Seconds it took. Fails with `what` after `timeout_s`."""
-    start = time.monotonic()
-    while not condition():
-        if time.monotonic() - start > timeout_s:
-            raise AssertionError(f"waited {timeout_s:g} s in vain for {what}")
-        time.sleep(0.02)
-    return time.monotonic() - start
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    await asyncio.to_thread(wait_until, condition, timeout_s, what)
 
 
 @contextlib.contextmanager
-def running(service: Service) -> Iterator[Service]:
+def running(service: Supervised) -> Iterator[Supervised]:
     try:
         yield service.start()
     finally:
