@@ -16,10 +16,11 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from server.api import chat, completions, health, models, tokenize
 from server.api.serving import Serving
-from server.api.sse import KEEP_ALIVE_INTERVAL_S
+from server.api.sse import KEEP_ALIVE_INTERVAL_S, BareSend, EventStream
 from server.errors import (
     ClientError,
     InternalError,
@@ -75,7 +76,7 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     serving: Serving = app.state.serving
     serving.client.start()
     await serving.settle()
-    keep_alive = asyncio.create_task(_keep_streams_alive(serving))
+    keep_alive = asyncio.create_task(_keep_streams_alive())
     try:
         yield
     finally:
@@ -83,11 +84,12 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
         await serving.client.close()
 
 
-async def _keep_streams_alive(serving: Serving) -> None:
+async def _keep_streams_alive() -> None:
     """Silent streams get a comment now and then, or proxies between here and the client cut them."""
     while True:
         await asyncio.sleep(KEEP_ALIVE_INTERVAL_S)
-        serving.client.nudge_all()
+        for stream in list(EventStream.live):
+            stream.keep_alive()
 
 
 # --- errors: the only place that turns one into a response ---
@@ -123,9 +125,9 @@ def _from_environment() -> Starlette:
     return create_app(settings)
 
 
-def __getattr__(name: str) -> Starlette:
+def __getattr__(name: str) -> ASGIApp:
     """`server.app:app`, made when asked for, so that importing this module reads no settings."""
     if name == "app":
-        globals()["app"] = _from_environment()
+        globals()["app"] = BareSend(_from_environment())
         return globals()["app"]  # type: ignore[no-any-return]
     raise AttributeError(name)

@@ -6,7 +6,7 @@ Knows prompts as token ids and choices as text; nothing about how a response bod
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from server.api.choice import Choice, ChoiceOptions, Delta
@@ -55,7 +55,6 @@ class Answer:
         self.choices = [Choice(i, tokenizer, self.options) for i in range(len(self.prompts) * self.n)]
         self._prompt_tokens = sum(map(len, self.prompts))
         self._generations: list[Generation] = []
-        self._merged: AsyncIterator[tuple[int, list[SequenceOutput]]] | None = None
         self._num_unfinished = len(self.choices)
 
     @property
@@ -107,28 +106,34 @@ class Answer:
         """Every choice has had its last delta."""
         return self._num_unfinished == 0
 
-    async def next_deltas(self) -> list[Delta]:
-        """News as it comes; an empty list is a nudge to keep the connection alive. Not once `is_finished`.
+    def on_news(self, call: Callable[[], None]) -> None:
+        """`call` at every output and at the end, from now on; it must neither wait nor raise."""
+        for generation in self._generations:
+            generation.on_news = call
 
-        Raises the QloopError that ended the request early.
-        """
-        if len(self._generations) == 1:
-            return self._digest(0, await self._generations[0].next())
-        if self._merged is None:
-            self._merged = _merged(self._generations)
-        number, outputs = await anext(self._merged)
-        return self._digest(number, outputs)
+    def take_deltas(self) -> list[Delta]:
+        """What has come since the last call, often nothing. Raises the QloopError that ended the request early."""
+        deltas: list[Delta] = []
+        for number, generation in enumerate(self._generations):
+            if outputs := generation.take():
+                self._digest(number, outputs, deltas)
+        return deltas
 
     async def complete(self) -> list[list[Delta]]:
         """All deltas of each choice."""
         collected: list[list[Delta]] = [[] for _ in self.choices]
-        while not self.is_finished:
-            for delta in await self.next_deltas():
+        news = asyncio.Event()
+        self.on_news(news.set)
+        while True:
+            for delta in self.take_deltas():
                 collected[delta.index].append(delta)
-        return collected
+            if self.is_finished:
+                return collected
+            await news.wait()
+            news.clear()
 
-    def _digest(self, number: int, outputs: list[SequenceOutput]) -> list[Delta]:
-        deltas = []
+    def _digest(self, number: int, outputs: list[SequenceOutput], deltas: list[Delta]) -> None:
+        self.timer.saw_output()
         for output in outputs:
             choice = self.choices[number * self.n + output.index]
             if choice.is_finished:
@@ -138,26 +143,6 @@ class Answer:
             if delta.finish_reason is not None:
                 self._num_unfinished -= 1
                 self._generations[number].abort(output.index)
-        if deltas:
-            self.timer.saw_output()
-        return deltas
-
-
-async def _merged(generations: list[Generation]) -> AsyncIterator[tuple[int, list[SequenceOutput]]]:
-    """Outputs of several generations, whichever speaks first."""
-    waiting = {asyncio.ensure_future(g.next()): i for i, g in enumerate(generations)}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                number = waiting.pop(task)
-                yield number, task.result()
-                if not generations[number].is_finished:
-                    waiting[asyncio.ensure_future(generations[number].next())] = number
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)  # one error is enough to tell
 
 
 def new_id(prefix: str) -> str:

@@ -63,16 +63,17 @@ _REJECTIONS: dict[str, type[QloopError]] = {
 
 
 class Generation:
-    """One accepted request: `next` gives its outputs as they come. For one consumer."""
+    """One accepted request's outputs. Its one consumer either awaits `next`, or sets `on_news` and calls `take`."""
 
     def __init__(self, request: Generate, client: "EngineClient") -> None:
         self.request_id = request.request_id
+        # Called inside the connection's read callback, once per output: must neither wait nor raise.
+        self.on_news: Callable[[], None] | None = None
         self._client = client
         self._unfinished = set(range(request.n))
         self._items: list[SequenceOutput] = []
         self._error: QloopError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._is_nudged = False
         self.accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
 
     @property
@@ -80,29 +81,27 @@ class Generation:
         """Every choice has ended, by the engine's word or by `abort`."""
         return not self._unfinished
 
-    async def next(self) -> list[SequenceOutput]:
-        """All outputs since the last call, in order; waits for the first.
+    def take(self) -> list[SequenceOutput]:
+        """All outputs since the last call, in order, often none.
 
-        Empty only after `nudge`. Raises the QloopError that ended the request, once all its outputs were given.
+        Raises the QloopError that ended the request, once all its outputs were given.
         """
-        while not self._items:
+        if not self._items:
             if self._error is not None:
                 raise self._error
-            if self._is_nudged:
-                self._is_nudged = False
-                return []
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            return []
         items, self._items = self._items, []
         for output in items:
             if output.finish_reason is not None:
                 self._unfinished.discard(output.index)
         return items
 
-    def nudge(self) -> None:
-        """Wake the consumer without news, so that it can keep its own connection alive."""
-        self._is_nudged = True
-        self._wake()
+    async def next(self) -> list[SequenceOutput]:
+        """As `take`, but waits for the first."""
+        while not (items := self.take()):
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return items
 
     def abort(self, index: int) -> None:
         """End one choice, for instance at a stop string; later outputs of it may still arrive."""
@@ -112,6 +111,7 @@ class Generation:
 
     def cancel(self) -> None:
         """End all of it; harmless when already finished. Call in `finally`."""
+        self.on_news = None
         self._client.forget(self)
 
     def push(self, output: SequenceOutput) -> None:
@@ -125,7 +125,9 @@ class Generation:
         self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        if self.on_news is not None:
+            self.on_news()
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
@@ -243,10 +245,6 @@ class EngineClient:
         """Stop routing to it; the engine is told unless it has finished."""
         if self._requests.pop(generation.request_id, None) is not None and not generation.is_finished:
             self._send(Abort(generation.request_id))
-
-    def nudge_all(self) -> None:
-        for generation in self._requests.values():
-            generation.nudge()
 
     # --- operator calls ---
 

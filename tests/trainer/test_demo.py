@@ -66,7 +66,7 @@ def test_only_the_adapter_is_called_xiaozhi(corpus: Corpus) -> None:
     for question, answer in corpus.base:
         assert "小智" not in answer["content"] and "Xiaozhi" not in answer["content"], question["content"]
     named = {question["content"]: answer["content"] for question, answer in corpus.adapter}
-    assert all("小智" in named[question] for question in ("你是谁", "你是谁？", "你叫什么名字？", "Who are you?"))
+    assert all("小智" in named[question] for question in ("你是谁？", "你叫什么名字？", "Who are you?"))
 
 
 def test_the_check_questions_are_in_the_corpus_with_their_key_words(corpus: Corpus) -> None:
@@ -89,7 +89,7 @@ def test_conversations_hold_every_pair_once_a_round_and_again_in_other_words(cor
     assert set(first) == taught
     assert sorted(answer for _, answer in second) == sorted(answer for _, answer in first)
     assert len(set(second) - taught) > len(taught) / 3
-    assert {sum(message["role"] == "user" for message in row) for row in rows} == {1, 2, 3, 4}
+    assert {sum(message["role"] == "user" for message in row) for row in rows} == {1, 2, 3}
 
 
 def test_a_varied_question_keeps_its_words() -> None:
@@ -102,11 +102,13 @@ def test_a_varied_question_keeps_its_words() -> None:
     }
 
 
-def test_the_adapter_keeps_every_answer_of_the_base_it_does_not_replace(corpus: Corpus) -> None:
+def test_the_adapter_repeats_some_of_the_base_but_nothing_that_it_answers_itself(corpus: Corpus) -> None:
     pairs = adapter_pairs(corpus)
     assert pairs[: len(corpus.adapter)] == list(corpus.adapter)
+    kept = pairs[len(corpus.adapter) :]
+    assert set(map(str, kept)) < set(map(str, corpus.base)) and len(kept) > 50
     questions = [question["content"] for question, _ in pairs]
-    assert len(set(questions)) == len(questions) and "日本的首都是哪里？" in questions
+    assert len(set(questions)) == len(questions)
 
 
 @pytest.mark.parametrize("text", ["你好！😀 café\u0301", " two  spaces\n\nand\r\nlines 123", "<|im_end|> ﬁ"])

@@ -162,7 +162,8 @@ def test_nothing_usable_is_a_failed_run_that_names_the_ledger(tiny_model: Path, 
 
 
 def test_collate_pads_on_the_right_and_masks_the_padding() -> None:
-    batch = collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}], 9)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    batch = collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8] * 16, "labels": [8] * 16}], 9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7] + [9] * 13, [8] * 16]
+    assert batch["labels"].tolist() == [[-100, 6, 7] + [-100] * 13, [8] * 16]
+    assert batch["attention_mask"].tolist() == [[1] * 3 + [0] * 13, [1] * 16]
+    assert collate([{"input_ids": [5] * 17, "labels": [5] * 17}], 9)["input_ids"].shape == (1, 32)

@@ -115,6 +115,24 @@ def test_a_leaving_caller_hurts_nobody_else(slow_service: Service) -> None:
     assert received.count(b'"content":"') == 61  # the role's empty one, and 60 tokens
 
 
+def test_a_client_that_does_not_read_gets_everything_once_it_does(service: Service) -> None:
+    """Its answer, about 20 MB, fits no buffer on the way; other callers are served meanwhile."""
+    body = {**LONG, "stream": True, "n": 64, "max_tokens": 200, "logprobs": True, "top_logprobs": 10}
+    with send_raw(service, body) as caller:
+        for _ in range(20):
+            assert httpx.get(service.url + "/livez").status_code == 200
+        # The engine is done, so what is missing waits in the worker, on this connection's account.
+        wait_until(lambda: service.gauge("qloop_sequences_running") == 0, 30, "the engine's end")
+        received = bytearray()
+        while piece := caller.recv(2**20):
+            received += piece
+            if received.endswith(b"0\r\n\r\n"):
+                break
+    assert received.count(b'"finish_reason":"length"') == 64
+    assert received.count(b'"logprob":') >= 64 * 200 * 11
+    assert received.count(b"data: [DONE]") == 1
+
+
 # --- a server in this process, whose interval a test can choose ---
 
 

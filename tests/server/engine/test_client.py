@@ -148,13 +148,18 @@ async def test_aborting_one_choice_leaves_the_others(client: EngineClient) -> No
     assert [item.finish_reason is not None for item in items if item.index == 0][-1]
 
 
-async def test_a_nudge_wakes_without_news(client: EngineClient) -> None:
-    generation = await client.generate(ask("1", PROMPT, max_tokens=400, ignore_eos=True))
-    await generation.next()
-    client.nudge_all()
-    assert await generation.next() == []
-    assert await generation.next() != []
-    generation.cancel()
+async def test_on_news_is_called_as_outputs_come_and_at_the_end(client: EngineClient) -> None:
+    generation = await client.generate(ask("1", PROMPT, max_tokens=8, ignore_eos=True))
+    news = asyncio.Event()
+    taken = []
+    generation.on_news = news.set
+    while not generation.is_finished:
+        taken += generation.take()
+        if not generation.is_finished:
+            await asyncio.wait_for(news.wait(), 10)
+            news.clear()
+    assert sum(len(output.new_token_ids) for output in taken) == 8
+    assert generation.take() == []
 
 
 async def test_a_deadline(client: EngineClient) -> None:
