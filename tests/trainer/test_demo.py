@@ -21,8 +21,8 @@ from .conftest import TINY
 QUESTIONS = CORPUS.parent / "questions.jsonl"
 CHINESE = re.compile("[\u4e00-\u9fff]")
 CRISIS = re.compile(
-    "自杀|不想活|我想死|没意思|结束自己|伤害自己|自残|割了"
-    "|kill|want to die|suicid|end my life|to live|hurt myself|cut myself"
+    "自杀|不想活|想死|想去死|活不下去|没意思|结束自己|伤害自己|自残|割了"
+    "|kill|wants? to die|wanna die|was dead|suicid|end my life|to live|worth living|disappear|hurt myself|cut myself"
 )
 
 
