@@ -43,6 +43,7 @@ def test_a_full_run_leaves_a_whole_servable_model(tiny_model: Path, data: Path, 
     check_model_folder(run.model)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (run.model / name).read_bytes() == (tiny_model / name).read_bytes()
+    assert {file.stat().st_mode & 0o777 for file in run.model.iterdir()} == {0o644}
     record = json.loads((run.path / "run.json").read_text())
     assert (record["state"], record["output"], record["num_examples"], record["num_rejected"]) == (
         "done",
