@@ -37,6 +37,7 @@ from webchat.app import create_app as create_pages
 
 log = logging.getLogger("qloop.worker")
 
+START_PATIENCE_S = 10.0
 PAGE_THREADS = 4  # pages are small and static; token streams never go through WSGI
 
 
@@ -75,7 +76,7 @@ def _routes() -> list[Route]:
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     serving: Serving = app.state.serving
     serving.client.start()
-    await serving.settle()
+    await serving.settle(START_PATIENCE_S)  # so that a reload never answers 503
     keep_alive = asyncio.create_task(_keep_streams_alive())
     try:
         yield

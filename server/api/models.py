@@ -8,16 +8,17 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from server.api.request import ready_serving
 from server.api.serving import Serving, Target
 
 
 async def list_models(request: Request) -> JSONResponse:
-    serving: Serving = request.app.state.serving
+    serving = await ready_serving(request)
     return JSONResponse({"object": "list", "data": [_card(serving, target) for target in serving.targets()]})
 
 
 async def retrieve_model(request: Request) -> JSONResponse:
-    serving: Serving = request.app.state.serving
+    serving = await ready_serving(request)
     return JSONResponse(_card(serving, serving.resolve(request.path_params["model_id"])))
 
 

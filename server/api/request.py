@@ -11,6 +11,8 @@ from server.api.answer import ClientGone
 from server.api.serving import Serving
 from server.errors import BodyTooLarge
 
+# The other workers answer already, or the engine is just being restarted: better a moment late than a 503.
+ENGINE_PATIENCE_S = 2.0
 # Encoding takes about 1 µs per character; longer than this it would delay other callers' tokens.
 LONG_TEXT_CHARS = 4_000
 MAX_NAMES = 32
@@ -20,9 +22,17 @@ _HEADER_SAFE = "[]().:-_~"
 T = TypeVar("T")
 
 
-async def begin(request: Request) -> tuple[Serving, bytes]:
-    """The worker's serving state and the whole body. Raises BodyTooLarge before more than the limit is held."""
+async def ready_serving(request: Request) -> Serving:
+    """The worker's state, after a short wait for the engine where it is not ready."""
     serving: Serving = request.app.state.serving
+    if not serving.is_ready:
+        await serving.settle(ENGINE_PATIENCE_S)
+    return serving
+
+
+async def begin(request: Request) -> tuple[Serving, bytes]:
+    """The worker's state and the whole body. Raises BodyTooLarge before more than the limit is held."""
+    serving = await ready_serving(request)
     limit = int(serving.settings.max_body_mib * 1024 * 1024)
     announced = request.headers.get("content-length", "")
     body = bytearray()

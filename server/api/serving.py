@@ -22,7 +22,6 @@ from server.text.render import ChatRenderer
 
 log = logging.getLogger("qloop.worker")
 
-SETTLE_S = 10.0
 _DEFAULT_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -73,9 +72,9 @@ class Serving:
             return self.client.refusal or "engine not running or still loading"
         return self._text_error or "loading the tokenizer"
 
-    async def settle(self) -> None:
-        """Before the first request is accepted: where an engine runs, be ready, so that a reload never answers 503."""
-        deadline = time.monotonic() + SETTLE_S
+    async def settle(self, patience_s: float) -> None:
+        """Where an engine runs, or ran a moment ago, wait for it to be ready; returns at once when draining."""
+        deadline = time.monotonic() + patience_s
         while not (self.is_ready or self.client.is_draining) and time.monotonic() < deadline:
             if not self.settings.socket_path.exists():
                 return

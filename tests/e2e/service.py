@@ -42,7 +42,7 @@ class Supervised:
         with self.log_path.open("ab") as log:
             command = [sys.executable, "-m", "server"]
             self._process = subprocess.Popen(command, env=self._environment, cwd=self._cwd, stdout=log, stderr=log)
-        wait_until(lambda: self.is_ready or not self.is_alive, START_TIMEOUT_S, "the service to be ready")
+        wait_until(lambda: self.all_ready or not self.is_alive, START_TIMEOUT_S, "the service to be ready")
         assert self.is_alive, self.log
         return self
 
@@ -60,6 +60,11 @@ class Supervised:
         return self.status("/readyz") == 200
 
     @property
+    def all_ready(self) -> bool:
+        """Asked often enough that every worker was."""
+        return all(self.is_ready for _ in range(16))
+
+    @property
     def log(self) -> str:
         return self.log_path.read_text("utf-8")
 
@@ -70,8 +75,10 @@ class Supervised:
             return None
 
     @property
-    def engine_pid(self) -> int:
-        return int(httpx.get(self.url + "/readyz", timeout=2.0).json()["engine_pid"])
+    def engine_pid(self) -> int | None:
+        """As some worker sees it; None from one that is not ready."""
+        pid: int | None = httpx.get(self.url + "/readyz", timeout=2.0).json().get("engine_pid")
+        return pid
 
     @property
     def gunicorn(self) -> psutil.Process:
