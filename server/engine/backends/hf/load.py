@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from server.engine.backends.hf.kv_cache import KvShape
 from server.engine.backends.hf.options import HfOptions
@@ -30,6 +31,7 @@ def load_model(options: HfOptions) -> PreTrainedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trust = options.trust_remote_code
     try:
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # a log is no terminal
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
         check_supported(config, folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
