@@ -77,7 +77,7 @@ class Supervisor:
         self._stop_asked.set()
 
     def _handle_hup(self) -> None:
-        if self._reload is None or self._reload.done():
+        if not self._stop_asked.is_set() and (self._reload is None or self._reload.done()):
             self._reload = asyncio.create_task(self._reload_workers())
 
     # --- reload ---

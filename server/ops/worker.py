@@ -1,14 +1,16 @@
 """The Gunicorn worker class: uvicorn with uvloop and httptools, and a way of leaving that hurts nobody.
 
-Differs from `uvicorn_worker.UvicornWorker` in three ways: a connection that was accepted but has not spoken yet is
+Differs from `uvicorn_worker.UvicornWorker` in four ways: a connection that was accepted but has not spoken yet is
 served before the worker leaves (uvicorn resets it, which fails a request at every reload under load); a worker that
-finishes its streams goes on sending heartbeats, so `timeout` can be short; and no access log or `Server` header.
+finishes its streams goes on sending heartbeats, so `timeout` can be short; it leaves by exiting, not by a signal; and
+there is no access log or `Server` header.
 """
 
 import asyncio
 import contextlib
 import sys
 import time
+from collections.abc import Generator
 from socket import socket
 from typing import Any
 
@@ -22,6 +24,13 @@ HEARTBEAT_S = 1.0
 
 
 class PatientServer(Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """As uvicorn's, without raising the signal once more at the end: Gunicorn's own clean-up is still to come."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
+
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Stop accepting, serve what was accepted, then leave. The listening sockets stay Gunicorn's."""
         beating = asyncio.create_task(self._beat())

@@ -86,7 +86,7 @@ class Supervised:
 
     @property
     def worker_pids(self) -> set[int]:
-        return {p.pid for p in self.gunicorn.children() if p.status() != psutil.STATUS_ZOMBIE}
+        return {child.pid for child in self.gunicorn.children() if is_there(child)}
 
     def running_and_waiting(self) -> float:
         text = httpx.get(self.url + "/metrics", timeout=2.0).text
@@ -119,6 +119,13 @@ class Supervised:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait(10)
+
+
+def is_there(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:  # it went while we looked
+        return False
 
 
 @dataclass

@@ -17,6 +17,7 @@ from tests.e2e.service import (
     Supervised,
     http_client,
     in_loop,
+    is_there,
     one_stream,
     start_streams,
     stream,
@@ -209,7 +210,7 @@ def test_children_die_with_a_killed_supervisor(serve: Serve) -> None:
     service = serve()
     family = service.supervisor.children(recursive=True)
     service.supervisor.kill()
-    wait_until(lambda: not [p for p in family if p.is_running() and p.status() != "zombie"], 10, "all children to go")
+    wait_until(lambda: not any(map(is_there, family)), 10, "all children to go")
 
 
 def test_vanished_clients_free_the_engine_within_a_second(serve: Serve) -> None:
