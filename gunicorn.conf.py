@@ -5,6 +5,7 @@ forked with code and settings already in memory: they start at once, share pages
 worker runs what the others run, whatever has happened to the files since.
 """
 
+import gc
 import importlib
 import shutil
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 # At a HUP the code of the last start is still imported; what is dropped here is read anew.
 for _name in [name for name in sys.modules if name.partition(".")[0] in ("server", "webchat")]:
     del sys.modules[_name]
+gc.collect()  # modules refer to themselves; the next ones find their memory free
 
 from server.settings import inherit, load_settings, prepare_multiprocess_metrics  # noqa: E402
 

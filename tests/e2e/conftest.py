@@ -11,6 +11,8 @@ from tests.e2e.service import Supervised, running
 from tests.models import write_fake_model
 from tests.services import ROOT
 
+Serve = Callable[..., Supervised]
+
 
 @pytest.fixture(scope="session")
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,7 +31,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def serve(tmp_path: Path, long_model: Path) -> Iterator[Callable[..., Supervised]]:
+def serve(tmp_path: Path, long_model: Path) -> Iterator[Serve]:
     """Start a service; it and all its processes are gone when the test ends."""
 
     with contextlib.ExitStack() as stack:

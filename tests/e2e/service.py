@@ -201,6 +201,14 @@ def start_streams(url: str, count: int, *, max_tokens: int) -> list["asyncio.Tas
     return [asyncio.create_task(stream(client, url, max_tokens=max_tokens)) for _ in range(count)]
 
 
+async def settled(tasks: list["asyncio.Task[Stream]"]) -> list[Stream]:
+    return list(await asyncio.gather(*tasks))
+
+
+async def all_begun(service: Supervised, count: int) -> None:
+    await in_loop(lambda: service.running_and_waiting() >= count, 30, f"{count} running streams")
+
+
 async def in_loop(condition: Callable[[], object], timeout_s: float, what: str) -> None:
     """Poll without stopping the streams of this event loop."""
     await asyncio.to_thread(wait_until, condition, timeout_s, what)

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -12,19 +11,21 @@ import psutil
 import pytest
 
 from tests.conftest import StartService
+from tests.e2e.conftest import Serve
 from tests.e2e.service import (
     Stream,
     Supervised,
+    all_begun,
     http_client,
     in_loop,
     is_there,
     one_stream,
+    settled,
     start_streams,
     stream,
 )
 from tests.services import ROOT, wait_until
 
-Serve = Callable[..., Supervised]
 pytestmark = pytest.mark.e2e
 
 
@@ -32,14 +33,6 @@ def peers_of(pid: int) -> set[int]:
     """The client ports that this process talks to."""
     connections = psutil.Process(pid).net_connections("inet")
     return {c.raddr.port for c in connections if c.raddr and c.status == psutil.CONN_ESTABLISHED}
-
-
-async def settled(tasks: list["asyncio.Task[Stream]"]) -> list[Stream]:
-    return list(await asyncio.gather(*tasks))
-
-
-async def all_begun(service: Supervised, count: int) -> None:
-    await in_loop(lambda: service.running_and_waiting() >= count, 30, f"{count} running streams")
 
 
 def test_reload_under_load_loses_no_request_and_keeps_the_engine(serve: Serve) -> None:
