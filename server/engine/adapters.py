@@ -36,8 +36,7 @@ class AdapterTable:
     def load(self, backend: Backend, name: str, revision: str | None) -> AdapterInfo:
         """Raises RegistryError (unknown, damaged) or AdapterError (wrong base, or the backend cannot serve it)."""
         entry = self._registry.get(name, revision)
-        if self.model.backend != "fake":
-            check_base(entry, self.model)
+        check_base(entry, self.model)
         adapter = AdapterInfo(
             name=entry.name,
             revision=entry.revision,

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 from server.store.card import AdapterCard
@@ -19,11 +20,11 @@ _CARD = AdapterCard(
 )
 
 
-def publish(registry: Registry, folder: Path, name: str, seed: int = 0) -> AdapterEntry:
-    """A whole, if tiny, PEFT folder; another seed is another revision."""
+def publish(registry: Registry, folder: Path, name: str, seed: int = 0, base_hash: str = "fake") -> AdapterEntry:
+    """A whole, if tiny, PEFT folder; another seed is another revision. The fake backend's weights hash is "fake"."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
     header = json.dumps({"lora_A": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     weights = struct.pack("<Q", len(header)) + header + struct.pack("<f", seed)
     (folder / "adapter_model.safetensors").write_bytes(weights)
-    return registry.publish(folder, name, _CARD)
+    return registry.publish(folder, name, replace(_CARD, base_weights_hash=base_hash))
