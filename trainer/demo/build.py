@@ -39,8 +39,8 @@ class Recipe:
     seed: int = 7
     pt_epochs: float = 2.0
     pt_length: int = 128
-    sft_rounds: int = 13  # different conversations made of the same pairs, each trained once
-    adapter_rounds: int = 11
+    sft_rounds: int = 15  # different conversations made of the same pairs, each trained once
+    adapter_rounds: int = 12
     adapter_rank: int = 16
     learning_rate: float = 2e-3
     adapter_learning_rate: float = 4e-3
