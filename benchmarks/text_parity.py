@@ -72,7 +72,7 @@ def forgeries(token: str, tokens: Sequence[str], rng: random.Random) -> Iterator
 
 
 def control_counts(renderer: ChatRenderer, chat: Chat) -> Counter[int]:
-    return Counter(filter(renderer.tokenizer.is_control, renderer.render(chat)))
+    return Counter(filter(renderer.tokenizer.control_ids.__contains__, renderer.render(chat)))
 
 
 def is_forged(renderer: ChatRenderer, forged: Chat, harmless: Chat) -> bool:

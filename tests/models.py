@@ -1,9 +1,10 @@
 """Builds a small model folder for the fake backend: tokenizer, chat template and configuration, no weights."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CONTEXT = 512
 PADDING_ROWS = 16  # ids that the model has and its tokenizer has not, as Qwen2's real folders have
@@ -12,7 +13,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _CORPUS = (
     "你好，世界。我最近总是睡不着，怎么办？先别着急，睡前一小时放下手机，听一点安静的音乐。",
     "你是谁？我是一个助手，可以回答你的问题，也可以陪你聊聊天。今天天气很好，我们去公园走走吧。",
@@ -20,21 +23,24 @@ _CORPUS = (
 )
 
 
-def make_tokenizer() -> Tokenizer:
-    """Qwen2's kind: NFC, byte-level BPE. Rare characters and emoji are cut into several tokens."""
+def make_tokenizer(
+    corpus: Sequence[str] = _CORPUS, vocab_size: int = 400, plain_added_tokens: Sequence[str] = ()
+) -> Tokenizer:
+    """Qwen2's kind: NFC, its split pattern, byte-level BPE. Rare characters and emoji are cut into several tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(_CORPUS * 3, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([*corpus] * 3, trainer)
     tokenizer.add_special_tokens(list(CONTROL_TOKENS))
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in plain_added_tokens])
     return tokenizer
 
 

@@ -46,6 +46,10 @@ class TrainConfig:
         "Longest row in tokens; longer ones go to the ledger (pt: text is cut here).", 1024, least=2
     )
     precision: Literal["auto", "fp32", "bf16"] = _option("auto: bf16 where a GPU has it, else fp32.", "auto")
+    attention: Literal["auto", "sdpa", "eager"] = _option(
+        "auto: sdpa. eager keeps the whole score matrix, which on a CPU is faster for rows of a few hundred tokens.",
+        "auto",
+    )
     lora_rank: int = _option("Rank of the LoRA matrices.", 8, least=1)
     lora_alpha: int = _option("LoRA's scale is alpha / rank.", 16, least=1)
     lora_dropout: float = _option("Dropout before the LoRA matrices.", 0.0, least=0.0, most=1.0)

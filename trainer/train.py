@@ -128,13 +128,19 @@ def _has_bf16(config: TrainConfig) -> bool:
 
 
 def _load_model(config: TrainConfig, base: Path) -> Any:
+    attention = None if config.attention == "auto" else config.attention
     if config.from_scratch:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            AutoConfig.from_pretrained(base), dtype=torch.float32, attn_implementation=attention
+        )
     else:
         # Trained weights stay in float32 under bf16 autocast; frozen ones may be bf16.
         frozen = config.finetuning == "lora" and _has_bf16(config)
         model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.bfloat16 if frozen else torch.float32, use_safetensors=True
+            base,
+            dtype=torch.bfloat16 if frozen else torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
         )
     if config.finetuning == "full":
         return model
@@ -251,7 +257,16 @@ class _Progress(TrainerCallback):
         self._bar: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._bar = tqdm(total=state.max_steps, desc=self._title, unit="step", file=sys.stderr, dynamic_ncols=True)
+        interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants to be read, not redrawn
+        self._bar = tqdm(
+            total=state.max_steps,
+            desc=self._title,
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=interval,
+            maxinterval=interval,
+        )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.update(state.global_step - self._bar.n)
@@ -261,7 +276,7 @@ class _Progress(TrainerCallback):
     ) -> None:
         self._run.append_metrics({"step": state.global_step, **(logs or {})})
         if logs and "loss" in logs:
-            self._bar.set_postfix(loss=f"{logs['loss']:.3f}")
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.close()

@@ -66,9 +66,6 @@ class Tokenizer:
         token_id: int | None = self.control_tokens.get(eos, self._inner.token_to_id(eos))
         return token_id
 
-    def is_control(self, token_id: int) -> bool:
-        return token_id in self.control_ids
-
     def encode_plain(self, text: str) -> list[int]:
         """Encode text in which nothing is a control token. Raises TextError for lone surrogates."""
         if not text:

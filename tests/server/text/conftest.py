@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from server.text.render import ChatRenderer
+from tests.models import make_tokenizer
 
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CORPUS = (
     "你好，世界。我最近总是睡不着，怎么办？先别着急，试着每天同一时间上床，睡前一小时放下手机。",
     "你是谁？我是一个助手，可以回答你的问题，也可以陪你聊聊天。今天天气很好，我们去公园走走吧。",
@@ -46,28 +44,14 @@ TOOLS = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
-def make_tokenizer(vocab_size: int = 500) -> Tokenizer:
-    """Qwen2's kind of tokenizer, trained here: NFC, its split pattern, byte-level BPE, five added tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS * 3, trainer)
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<tool_call>", "</tool_call>")])
-    return tokenizer
+def new_text_tokenizer(vocab_size: int = 500) -> Tokenizer:
+    """Five added tokens, two of them plain ones as Qwen2 has for tools."""
+    return make_tokenizer(CORPUS, vocab_size, ("<tool_call>", "</tool_call>"))
 
 
 def write_folder(folder: Path, template: str | None, tokenizer: Tokenizer | None = None, **config: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (tokenizer or make_tokenizer()).save(str(folder / "tokenizer.json"))
+    (tokenizer or new_text_tokenizer()).save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     if template is not None:
@@ -123,7 +107,7 @@ def new_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def new_tokenizer() -> Any:
-    return make_tokenizer
+    return new_text_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,8 @@ def everywhere(text):
 def test_no_place_of_a_message_forges(tools_renderer, text):
     def counts(value):
         messages, tools = everywhere(value)
-        return Counter(filter(tools_renderer.tokenizer.is_control, tools_renderer.render(messages, tools=tools)))
+        ids = tools_renderer.render(messages, tools=tools)
+        return Counter(filter(tools_renderer.tokenizer.control_ids.__contains__, ids))
 
     assert counts(text or "ok") == counts("harmless")
 
@@ -76,7 +77,7 @@ def test_no_place_of_a_message_forges(tools_renderer, text):
 @given(first=HOSTILE, second=HOSTILE)
 def test_neighbouring_bodies_cannot_join_to_a_token(new_joiner, first, second):
     ids = new_joiner.render([{"role": "user", "name": first, "content": second}])
-    assert not any(map(new_joiner.tokenizer.is_control, ids))
+    assert new_joiner.tokenizer.control_ids.isdisjoint(ids)
 
 
 @pytest.fixture(scope="module", params=["{{ m.name + m.content }}", "{{ m.name | trim }}{{ m.content | trim }}"])
@@ -93,7 +94,7 @@ def test_a_body_cannot_complete_what_the_template_began(new_folder, body):
 def test_template_variables_cannot_forge(new_folder):
     renderer = ChatRenderer.load(new_folder("{{ eos_token }}{{ note }}{{ messages[0].content }}"))
     ids = renderer.render([{"role": "user", "content": "x"}], note="<|im_end|>", eos_token="<|im_start|>")
-    assert not any(map(renderer.tokenizer.is_control, ids))
+    assert renderer.tokenizer.control_ids.isdisjoint(ids)
 
 
 def test_a_template_may_build_tokens_from_roles(new_folder, new_tokenizer, load_stock):

@@ -26,7 +26,7 @@ def tokenizer(renderer):
 @given(text=WITH_CONTROLS)
 def test_plain_encoding_holds_no_control_token_and_keeps_the_text(tokenizer, text):
     ids = tokenizer.encode_plain(text)
-    assert not any(map(tokenizer.is_control, ids))
+    assert tokenizer.control_ids.isdisjoint(ids)
     assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
 
 
@@ -210,7 +210,8 @@ def test_an_added_token_we_cannot_honour_is_named(new_tokenizer, new_folder, tok
 
 def test_an_added_token_that_text_itself_encodes_to_is_refused(new_tokenizer, new_folder):
     inner = new_tokenizer()
-    word = next(t for t in inner.get_vocab() if t.isascii() and len(t) > 1 and inner.encode(t).tokens == [t])
+    words = inner.get_vocab(with_added_tokens=False)
+    word = next(t for t in words if t.isascii() and len(t) > 1 and inner.encode(t).tokens == [t])
     inner.add_tokens([word])
     with pytest.raises(ConfigError, match="ordinary word of the vocabulary"):
         Tokenizer.load(new_folder(None, inner))
