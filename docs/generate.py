@@ -1,13 +1,21 @@
-"""Writes the tables in docs/operations.md that come from the code. `python -m docs.generate`; a test runs it too."""
+"""Writes the tables of the documentation that come from the code or from a run. A test runs it too.
 
+`python -m docs.generate`. What the table of agreement says was measured by
+`python -m tests.server.engine.backends.matrix`, which leaves its results in docs/agreement.json.
+"""
+
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from server.engine.__main__ import SIGNALS as ENGINE_SIGNALS
 from server.ops.supervisor import SIGNALS as SUPERVISOR_SIGNALS
 from server.settings import Settings, is_secret, variable
 
-PAGE = Path(__file__).resolve().parent / "operations.md"
+HERE = Path(__file__).resolve().parent
+AGREEMENT = HERE / "agreement.json"
 
 
 def settings_table() -> str:
@@ -27,16 +35,54 @@ def signal_table() -> str:
     return "\n".join(rows)
 
 
-def generated(page: str) -> str:
-    """The page with every marked table as the code has it now."""
-    for name, table in (("settings", settings_table()), ("signals", signal_table())):
+def agreement_table() -> str:
+    """Families x adapter methods: how many greedy tokens were compared with the stock libraries', all of them equal."""
+    result = json.loads(AGREEMENT.read_text("utf-8"))
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    columns = list(next(iter(result["cells"].values())))
+    rows = [
+        f"Run on {result['date']} ({result['machine']}; {versions}), each with " + "; ".join(result["variants"]) + ".",
+        "",
+        f"| Family | {' | '.join(columns)} |",
+        "|---|" + "---|" * len(columns),
+    ]
+    rows += [
+        f"| {family} | {' | '.join(_agreement_cell(cells[column]) for column in columns)} |"
+        for family, cells in result["cells"].items()
+    ]
+    refusals = [
+        f"\nPEFT: no — {family}, {column}: `{cell['peft_raised']}`"
+        for family, cells in result["cells"].items()
+        for column, cell in cells.items()
+        if "peft_raised" in cell
+    ]
+    return "\n".join([*rows, *refusals])
+
+
+def _agreement_cell(cell: dict[str, Any]) -> str:
+    return "PEFT: no" if "peft_raised" in cell else f"{cell['num_compared']} of {cell['num_tokens']}"
+
+
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    HERE / "operations.md": {"settings": settings_table, "signals": signal_table},
+    HERE / "engines.md": {"agreement": agreement_table},
+}
+
+
+def generated(path: Path) -> str:
+    """The page at `path` with every table of it as the code has it now. Raises ValueError where a marker is missing."""
+    page = path.read_text("utf-8")
+    for name, table in TABLES[path].items():
         start, end = f"<!-- generated: {name} -->", "<!-- end -->"
-        before, _, rest = page.partition(start)
+        before, marker, rest = page.partition(start)
+        if not marker:
+            raise ValueError(f"{path} lacks the line {start}")
         _, _, after = rest.partition(end)
-        page = f"{before}{start}\n{table}\n{end}{after}"
+        page = f"{before}{start}\n{table()}\n{end}{after}"
     return page
 
 
 if __name__ == "__main__":
-    PAGE.write_text(generated(PAGE.read_text("utf-8")), "utf-8")
-    print(f"wrote {PAGE}", file=sys.stderr)
+    for path in TABLES:
+        path.write_text(generated(path), "utf-8")
+        print(f"wrote {path}", file=sys.stderr)

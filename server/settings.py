@@ -56,7 +56,19 @@ class Settings(BaseModel):
     engine_socket: Path | None = Field(
         None, description="Unix socket of the engine. Unset: run/engine.sock in the home."
     )
-    hf_dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="Weights' type in the hf backend.")
+    hf_dtype: Literal["auto", "bf16", "fp32", "fp16", "int8", "nf4", "bnb-int8"] = Field(
+        "auto",
+        description="Weights' type in the hf backend: auto (the checkpoint's), bf16, fp32, fp16, int8 (weights and "
+        "activations), nf4 and bnb-int8 (by bitsandbytes).",
+    )
+    hf_forward: Literal["auto", "generic"] = Field(
+        "auto",
+        description="Forward pass of the hf backend: auto (our own where the architecture is known), or generic (the "
+        "model's own code).",
+    )
+    prefix_cache: bool = Field(
+        True, description="Keep the keys and values of prompts for later ones that begin the same (hf backend)."
+    )
     max_model_len: int | None = Field(
         None,
         ge=2,

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from server.api.choice import Choice, ChoiceOptions, Delta
 from server.api.serving import Serving, Target
@@ -21,13 +22,26 @@ from server.ops.metrics import AnswerTimer
 class Usage:
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int | None = None  # of the prompts; None where the engine does not say
 
-    def as_dict(self) -> dict[str, int]:
-        return {
+    def as_dict(self) -> dict[str, Any]:
+        usage: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
+        if self.cached_tokens is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": self.cached_tokens}
+        return usage
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How the engine is to treat a request; fields as in `Generate`."""
+
+    priority: int = 0
+    deadline_s: float | None = None
+    cache_salt: str = ""
 
 
 class ClientGone(QloopError):
@@ -46,6 +60,7 @@ class Answer:
     params: SamplingParams
     n: int
     options: ChoiceOptions
+    treatment: Treatment
     id: str
     timer: AnswerTimer
     created: int = field(default_factory=lambda: int(time.time()))
@@ -56,10 +71,12 @@ class Answer:
         self._prompt_tokens = sum(map(len, self.prompts))
         self._generations: list[Generation] = []
         self._num_unfinished = len(self.choices)
+        self._cached_tokens: dict[int, int] = {}  # by prompt
 
     @property
     def usage(self) -> Usage:
-        return Usage(self._prompt_tokens, sum(choice.num_tokens for choice in self.choices))
+        cached = sum(self._cached_tokens.values()) if self._cached_tokens else None
+        return Usage(self._prompt_tokens, sum(choice.num_tokens for choice in self.choices), cached)
 
     async def submit(self) -> None:
         """Returns when the engine has admitted every prompt. Raises the QloopError that refused one."""
@@ -73,6 +90,9 @@ class Answer:
                     params=self.params,
                     n=self.n,
                     adapter=self.target.adapter_id,
+                    priority=self.treatment.priority,
+                    deadline_s=self.treatment.deadline_s,
+                    cache_salt=self.treatment.cache_salt,
                 )
                 self._generations.append(await self.serving.client.generate(request))
         except BaseException:
@@ -135,6 +155,10 @@ class Answer:
     def _digest(self, number: int, outputs: list[SequenceOutput], deltas: list[Delta]) -> None:
         self.timer.saw_output()
         for output in outputs:
+            if output.num_cached_tokens is not None:
+                # Later choices find the prompt that the first one computed: that was not saved, only not done again.
+                least = self._cached_tokens.get(number, output.num_cached_tokens)
+                self._cached_tokens[number] = min(least, output.num_cached_tokens)
             choice = self.choices[number * self.n + output.index]
             if choice.is_finished:
                 continue  # computed between the stop string and the engine's hearing of it

@@ -7,10 +7,12 @@ from starlette.responses import Response
 
 from server.api.answer import Answer, new_id
 from server.api.choice import Delta
+from server.api.generation import settle
 from server.api.logprobs import chat_logprobs, vllm_prompt_logprobs
 from server.api.parameters import choice_options, sampling_params
-from server.api.protocol import ROLES, ChatMessage, ChatRequest, parse
-from server.api.request import begin, in_thread_if_long, response_headers
+from server.api.parsing import parse
+from server.api.protocol import ROLES, ChatMessage, ChatRequest
+from server.api.request import begin, in_thread_if_long, response_headers, treatment
 from server.api.serving import Serving
 from server.api.sse import EventStream, WholeAnswer, encode_json
 from server.errors import InvalidRequest
@@ -26,6 +28,7 @@ RESERVED_KWARGS = frozenset({"self", "messages", "tools", "add_generation_prompt
 async def create_chat_completion(request: Request) -> Response:
     serving, raw = await begin(request)
     body, ignored = parse(ChatRequest, raw, is_lenient=serving.settings.unknown_params == "warn")
+    ignored += settle(body)
     target = serving.resolve(body.model)
     prompt = await render_chat(
         serving.text.renderer,
@@ -42,9 +45,8 @@ async def create_chat_completion(request: Request) -> Response:
         prompt_logprobs=body.prompt_logprobs,
     )
     timer = AnswerTimer("chat", target.model_id)
-    answer = Answer(
-        serving, target, [prompt], params, body.n or 1, choice_options(body, serving), new_id("chatcmpl"), timer
-    )
+    options, treated = choice_options(body, serving), treatment(request, body)
+    answer = Answer(serving, target, [prompt], params, body.n or 1, options, treated, new_id("chatcmpl"), timer)
     headers = response_headers(ignored)
     await answer.submit()
     if body.stream:

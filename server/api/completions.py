@@ -7,10 +7,12 @@ from starlette.responses import Response
 
 from server.api.answer import Answer, new_id
 from server.api.choice import Delta
+from server.api.generation import settle
 from server.api.logprobs import completion_logprobs, text_of, vllm_prompt_logprobs
 from server.api.parameters import choice_options, sampling_params
-from server.api.protocol import CompletionRequest, parse
-from server.api.request import begin, in_thread_if_long, response_headers
+from server.api.parsing import parse
+from server.api.protocol import CompletionRequest
+from server.api.request import begin, in_thread_if_long, response_headers, treatment
 from server.api.serving import Serving
 from server.api.sse import EventStream, WholeAnswer, encode_json
 from server.engine.messages import TokenLogprobs
@@ -25,6 +27,7 @@ MAX_PROMPTS = 128
 async def create_completion(request: Request) -> Response:
     serving, raw = await begin(request)
     body, ignored = parse(CompletionRequest, raw, is_lenient=serving.settings.unknown_params == "warn")
+    ignored += settle(body)
     target = serving.resolve(body.model)
     prompts = await _prompts(body, serving)
     params = sampling_params(
@@ -35,7 +38,8 @@ async def create_completion(request: Request) -> Response:
         prompt_logprobs=_num_prompt_logprobs(body),
     )
     timer = AnswerTimer("completions", target.model_id)
-    answer = Answer(serving, target, prompts, params, body.n or 1, choice_options(body, serving), new_id("cmpl"), timer)
+    options, treated = choice_options(body, serving), treatment(request, body)
+    answer = Answer(serving, target, prompts, params, body.n or 1, options, treated, new_id("cmpl"), timer)
     headers = response_headers(ignored)
     await answer.submit()
     writer = CompletionWriter(answer, body)

@@ -23,4 +23,4 @@ async def readyz(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     observe_engine(serving.client.stats, serving.is_ready)
-    return Response(exposition(), media_type=CONTENT_TYPE)
+    return Response(exposition(serving.client.stats), media_type=CONTENT_TYPE)

@@ -1,6 +1,9 @@
 """From a validated body to the engine's sampling parameters: defaults, limits and combinations."""
 
+from typing import Any
+
 from server.api.choice import ChoiceOptions
+from server.api.generation import num_beams
 from server.api.protocol import SamplingBody
 from server.api.serving import Serving
 from server.engine.messages import SamplingParams
@@ -8,22 +11,25 @@ from server.errors import InvalidRequest
 
 MAX_ID_DIGITS = 10
 _BUILT_IN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+# Without sampling, and so in beams: the most likely token, whatever the model's generation_config.json says.
+_GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+_NEUTRAL = SamplingParams()
 
 
 def sampling_params(
     body: SamplingBody, serving: Serving, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
 ) -> SamplingParams:
-    """A request's value beats the model's generation_config.json, which beats the neutral value.
+    """A settled body's value beats the model's generation_config.json, which beats the neutral value.
 
     Raises InvalidRequest for what only this model can judge: token ids, or parameters its backend refuses.
     """
+    _check_supported(body, serving)
     chosen = {name: _chosen(body, serving, name) for name in _BUILT_IN}
-    refused = [name for name in serving.model.unsupported_params if getattr(body, name, None) is not None]
-    if refused:
+    if body.do_sample is False:
+        chosen |= _GREEDY
+    elif body.do_sample and chosen["temperature"] == 0.0:
         raise InvalidRequest(
-            f"The {serving.model.backend} engine does not support {refused[0]!r}.",
-            param=refused[0],
-            code="unsupported_parameter",
+            "'do_sample': true needs a 'temperature' above 0.", param="temperature", code="invalid_value"
         )
     if (body.min_tokens or 0) > max_tokens:
         raise InvalidRequest(
@@ -41,12 +47,37 @@ def sampling_params(
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=_logit_bias(body, serving),
-        seed=body.seed,
+        seed=None if body.do_sample is False else body.seed,
         stop_token_ids=tuple(sorted(_stop_ids(body, serving))),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        no_repeat_ngram_size=body.no_repeat_ngram_size or 0,
+        **_beam_params(body),
     )
+
+
+def _beam_params(body: SamplingBody) -> dict[str, Any]:
+    """Nothing where there is one beam: the length penalty of a single text has no effect."""
+    if num_beams(body) == 1:
+        return {}
+    return {
+        "num_beams": num_beams(body),
+        "length_penalty": 1.0 if body.length_penalty is None else body.length_penalty,
+        "early_stopping": body.early_stopping or False,
+    }
+
+
+def _check_supported(body: SamplingBody, serving: Serving) -> None:
+    """Neutral values may stand: they ask for nothing. -1 is `top_k`'s second one."""
+    for name in serving.model.unsupported_params:
+        value = getattr(body, name, None)
+        if value is None or value == getattr(_NEUTRAL, name) or (name, value) == ("top_k", -1):
+            continue
+        given = "use_beam_search" if name == "num_beams" and body.use_beam_search else name
+        raise InvalidRequest(
+            f"The {serving.model.backend} engine does not support {given!r}.", param=given, code="unsupported_parameter"
+        )
 
 
 def choice_options(body: SamplingBody, serving: Serving) -> ChoiceOptions:
@@ -69,7 +100,9 @@ def model_stop_ids(serving: Serving) -> set[int]:
 
 def _chosen(body: SamplingBody, serving: Serving, name: str) -> float:
     value = getattr(body, name)
-    if value is None:
+    if value is None and name in serving.model.unsupported_params:
+        value = _BUILT_IN[name]
+    elif value is None:
         value = serving.text.sampling_defaults.get(name, _BUILT_IN[name])
     return float(value)
 

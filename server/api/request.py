@@ -1,15 +1,19 @@
 """What every generating endpoint does first and last: read the body, keep the event loop free, say what it ignored."""
 
 import asyncio
+import hashlib
+import math
 from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import quote
 
 from starlette.requests import ClientDisconnect, Request
 
-from server.api.answer import ClientGone
+from server.api.answer import ClientGone, Treatment
+from server.api.protocol import SamplingBody
 from server.api.serving import Serving
-from server.errors import BodyTooLarge
+from server.errors import BodyTooLarge, InvalidRequest
+from server.ops.auth import TENANT
 
 # The other workers answer already, or the engine is just being restarted: better a moment late than a 503.
 ENGINE_PATIENCE_S = 2.0
@@ -18,6 +22,7 @@ LONG_TEXT_CHARS = 4_000
 MAX_NAMES = 32
 MAX_NAME_CHARS = 64
 _HEADER_SAFE = "[]().:-_~"
+TIMEOUT_HEADER = "X-Request-Timeout"
 
 T = TypeVar("T")
 
@@ -47,6 +52,35 @@ async def begin(request: Request) -> tuple[Serving, bytes]:
     except ClientDisconnect:
         raise ClientGone("The client closed the connection.") from None
     raise BodyTooLarge(f"The request body is larger than the {limit} bytes this server accepts (QLOOP_MAX_BODY_MIB).")
+
+
+def treatment(request: Request, body: SamplingBody) -> Treatment:
+    """Raises InvalidRequest for a header that is no number of seconds."""
+    limits = [limit for limit in (body.timeout, _header_timeout(request)) if limit is not None]
+    salt = _cache_salt(request.scope.get(TENANT, b""), body.cache_salt or "")
+    return Treatment(priority=body.priority or 0, deadline_s=min(limits, default=None), cache_salt=salt)
+
+
+def _header_timeout(request: Request) -> float | None:
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(
+            f"The header {TIMEOUT_HEADER} must be a number of seconds above 0.",
+            param=TIMEOUT_HEADER,
+            code="invalid_value",
+        )
+    return seconds
+
+
+def _cache_salt(tenant: bytes, salt: str) -> str:
+    """One value for each pair of tenant and salt. The tenant has a fixed length, so no two pairs run together."""
+    return hashlib.sha256(tenant + salt.encode()).hexdigest() if tenant or salt else ""
 
 
 async def in_thread_if_long(num_chars: int, work: Callable[[], T]) -> T:

@@ -4,7 +4,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.chat import render_chat
-from server.api.protocol import DetokenizeRequest, TokenizeRequest, parse
+from server.api.parsing import parse
+from server.api.protocol import DetokenizeRequest, TokenizeRequest
 from server.api.request import begin, in_thread_if_long, response_headers
 from server.api.sse import encode_json
 from server.errors import InvalidRequest

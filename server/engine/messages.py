@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 
@@ -43,6 +43,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
     logprob_token_ids: tuple[int, ...] = ()  # also give these ids' logprobs at every generated position
+    no_repeat_ngram_size: int = 0  # k: no k tokens in a row occur twice, prompt included; 0 allows all
+    # Beam search, as transformers' `generate` defines it. Above 1 the n best beams come at the end, best first, and
+    # temperature, top_p, top_k, min_p and seed have no effect.
+    num_beams: int = 1
+    length_penalty: float = 1.0  # a beam's score is its summed logprob / length ** length_penalty
+    early_stopping: bool | Literal["never"] = False
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
@@ -68,6 +74,7 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     logprobs: list[TokenLogprobs] | None = None  # one per new token
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, with the first output; [0] is None
     error: str | None = None
+    num_cached_tokens: int | None = None  # with the first output: prompt tokens that a kept prefix saved
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,6 +118,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     generated_tokens_total: int = 0
     num_aborted: int = 0
     num_preempted: int = 0
+    cached_tokens_total: int = 0  # prompt tokens that a kept prefix saved
 
 
 # --- worker (or supervisor, or trainer) -> engine ---
@@ -134,6 +142,7 @@ class Generate(msgspec.Struct, tag="generate", omit_defaults=True, kw_only=True)
     adapter: str | None = None  # AdapterInfo.id; None is the base model
     priority: int = 0  # lower runs first
     deadline_s: float | None = None  # from arrival at the engine
+    cache_salt: str = ""  # prefixes are shared only between requests of the same salt (a tenant)
 
 
 class Abort(msgspec.Struct, tag="abort"):

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import hashlib
 import hmac
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.errors import Unauthorized
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
+TENANT = "qloop.tenant"  # key in the ASGI scope: 32 bytes that stand for the API key; absent where none was asked for
 
 
 class ApiKeyMiddleware:
@@ -19,10 +21,14 @@ class ApiKeyMiddleware:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._tenants = {key.encode(): hashlib.sha256(key.encode()).digest() for key in keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._keys or scope["path"] in OPEN_PATHS or self._knows(_credential(scope)):
+        if scope["type"] != "http" or not self._tenants or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        if (tenant := self._tenant(_credential(scope))) is not None:
+            scope[TENANT] = tenant
             await self._app(scope, receive, send)
             return
         error = Unauthorized("Missing or unknown API key. Send it as 'Authorization: Bearer KEY'.")
@@ -32,10 +38,10 @@ class ApiKeyMiddleware:
         response.headers.append("WWW-Authenticate", 'Basic realm="qloop", charset="UTF-8"')
         await response(scope, receive, send)
 
-    def _knows(self, credential: bytes) -> bool:
+    def _tenant(self, credential: bytes) -> bytes | None:
         # Every key is compared, whole, so that time tells nothing about how much was right.
-        matches = [hmac.compare_digest(credential, key) for key in self._keys]
-        return any(matches)
+        matches = [tenant for key, tenant in self._tenants.items() if hmac.compare_digest(credential, key)]
+        return matches[0] if matches else None
 
 
 def _credential(scope: Scope) -> bytes:

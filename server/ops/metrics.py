@@ -4,6 +4,7 @@ Labels are bounded: routes by their template, models by the ids this server serv
 """
 
 import time
+from collections.abc import Iterator
 from typing import Final
 
 from prometheus_client import (
@@ -15,6 +16,8 @@ from prometheus_client import (
     generate_latest,
     multiprocess,
 )
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 from prometheus_client.values import ValueClass
 
 from server.engine.messages import EngineStats
@@ -77,12 +80,32 @@ kv_tokens_total = Gauge(
 )
 
 
-def exposition() -> bytes:
+class EngineCounters(Collector):
+    """What the engine counts itself. Every worker hears the same totals, so the scraped one's are the service's."""
+
+    def __init__(self, stats: EngineStats) -> None:
+        self.stats = stats
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """They begin anew when the engine does, as Prometheus expects of counters."""
+        yield CounterMetricFamily(
+            "qloop_cached_tokens", "Prompt tokens that a kept prefix saved.", value=self.stats.cached_tokens_total
+        )
+        yield CounterMetricFamily(
+            "qloop_preemptions",
+            "Sequences put back into the queue when memory ran out.",
+            value=self.stats.num_preempted,
+        )
+
+
+def exposition(stats: EngineStats) -> bytes:
     """Prometheus text for the whole service, whichever worker is asked."""
-    if ValueClass.__name__ != "MmapedValue":
-        return generate_latest(PROCESS_REGISTRY)
     registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    if ValueClass.__name__ == "MmapedValue":
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    else:
+        registry.register(PROCESS_REGISTRY)
+    registry.register(EngineCounters(stats))
     return generate_latest(registry)
 
 

@@ -243,7 +243,8 @@ def test_the_others_go_on_unchanged_when_one_leaves(backend: Backend, gone: int)
 def test_abort_while_waiting(backend: Backend) -> None:
     submit(backend, ask(PROMPT, "long", n=MAX_NUM_SEQS, max_tokens=8, ignore_eos=True), ask(PROMPT, "late"))
     texts: Texts = {}
-    collect(backend.step(), texts)
+    while backend.stats.num_running < MAX_NUM_SEQS:
+        collect(backend.step(), texts)
     assert backend.stats.num_waiting >= 1
     backend.abort("late")
     assert backend.stats.num_waiting == 0

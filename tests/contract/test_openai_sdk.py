@@ -114,3 +114,28 @@ def test_request_ids(client: openai.OpenAI) -> None:
     )
     assert raw.headers["x-request-id"] == "mine-1"
     assert client.chat.completions.create(model=MODEL, messages=MESSAGES)._request_id
+
+
+def test_settings_of_generate_as_extra_body(client: openai.OpenAI) -> None:
+    extra = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 1, "num_beams": 1}
+    raw = client.chat.completions.with_raw_response.create(
+        model=MODEL, messages=MESSAGES, temperature=0.15, extra_body=extra
+    )
+    usage = raw.parse().usage
+    assert raw.headers["x-ignored-params"] == "temperature"
+    assert usage is not None and usage.completion_tokens == 3
+    assert usage.prompt_tokens_details is not None and usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_a_deadline_is_the_sdks_own_error(client: openai.OpenAI) -> None:
+    extra: Any = {"timeout": 1e-6, "ignore_eos": True}
+    with pytest.raises(openai.InternalServerError) as late:
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=300, extra_body=extra)
+    assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
+    with pytest.raises(openai.APIError) as late_stream:
+        list(
+            client.chat.completions.create(
+                model=MODEL, messages=MESSAGES, max_tokens=300, extra_body=extra, stream=True
+            )
+        )
+    assert late_stream.value.code == "deadline_exceeded"

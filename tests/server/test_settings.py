@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from server.engine.backends import create_backend
 from server.errors import ConfigError
 from server.settings import Settings, environment_for_children, load_settings
 from tests.services import ROOT, clean_environment
@@ -91,6 +92,9 @@ def test_a_config_file_that_cannot_be_read(name: str) -> None:
         ("port", "eighty"),
         ("workers", "-1"),
         ("engine", "vulkan"),
+        ("hf_dtype", "int4"),
+        ("hf_forward", "fast"),
+        ("prefix_cache", "perhaps"),
         ("unknown_params", "maybe"),
         ("max_body_mib", "0"),
         ("max_queue", "-1"),
@@ -135,6 +139,16 @@ def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_keys_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLOOP_API_KEYS", " one, two ,,three")
     assert load_settings().settings.api_keys == ("one", "two", "three")
+
+
+def test_the_hf_engine_gets_its_settings(fake_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.backends.hf.HfBackend", lambda options: options)
+    given = {"engine": "hf", "model": str(fake_model)}
+    options: Any = create_backend(load_settings(given).settings)
+    assert (options.dtype, options.forward, options.prefix_cache) == ("auto", "auto", True)
+    given |= {"hf_dtype": "bnb-int8", "hf_forward": "generic", "prefix_cache": "false"}
+    options = create_backend(load_settings(given).settings)
+    assert (options.dtype, options.forward, options.prefix_cache) == ("bnb-int8", "generic", False)
 
 
 def test_paths_are_absolute(bare: Path) -> None:

@@ -33,6 +33,8 @@ def create_backend(settings: Settings) -> Backend:
             model_path=folder,
             served_name=name,
             dtype=settings.hf_dtype,
+            forward=settings.hf_forward,
+            prefix_cache=settings.prefix_cache,
             kv_cache_gib=settings.kv_cache_gib,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,

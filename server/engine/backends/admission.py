@@ -7,22 +7,31 @@ import math
 from collections.abc import Container, Iterable
 
 from server.engine.backends.base import RequestRefused
-from server.engine.messages import Generate, ModelInfo
+from server.engine.messages import Generate, ModelInfo, SamplingParams
 
 INVALID = "invalid_request"
+_NEUTRAL = SamplingParams()
 
 
 def check_request(request: Generate, model: ModelInfo, adapter_ids: Container[str]) -> None:
     """Raise RequestRefused, with the code and parameter for the client, unless `request` can run some day."""
     _check_adapter(request, adapter_ids)
+    _check_supported(request, model)
     _check_tokens(request, model)
     _check_length(request, model)
     _check_logprobs(request, model)
+    _check_beams(request, model)
 
 
 def _check_adapter(request: Generate, adapter_ids: Container[str]) -> None:
     if request.adapter is not None and request.adapter not in adapter_ids:
         raise RequestRefused("model_not_found", f"The adapter '{request.adapter}' is not loaded.", "model")
+
+
+def _check_supported(request: Generate, model: ModelInfo) -> None:
+    for name in model.unsupported_params:
+        if getattr(request.params, name) != getattr(_NEUTRAL, name):
+            raise RequestRefused(INVALID, f"The {model.backend} engine does not support '{name}'.", name)
 
 
 def _check_length(request: Generate, model: ModelInfo) -> None:
@@ -62,3 +71,25 @@ def _check_logprobs(request: Generate, model: ModelInfo) -> None:
     for param, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if count is not None and not 0 <= count <= model.max_logprobs:
             raise RequestRefused(INVALID, f"{param} must be between 0 and {model.max_logprobs}, not {count}.", param)
+
+
+def _check_beams(request: Generate, model: ModelInfo) -> None:
+    params = request.params
+    if params.no_repeat_ngram_size < 0:
+        raise RequestRefused(INVALID, "no_repeat_ngram_size must not be negative.", "no_repeat_ngram_size")
+    if not 1 <= params.num_beams <= model.max_num_seqs:
+        message = f"num_beams must be between 1 and {model.max_num_seqs} on this server, not {params.num_beams}."
+        raise RequestRefused(INVALID, message, "num_beams")
+    if params.num_beams == 1:
+        return
+    if request.n > params.num_beams:
+        raise RequestRefused(INVALID, f"n ({request.n}) must not be larger than num_beams ({params.num_beams}).", "n")
+    if params.max_tokens < 1:
+        raise RequestRefused(INVALID, "max_tokens must be at least 1 in a beam search.", "max_tokens")
+    for param, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if count is not None:
+            message = (
+                f"{param} cannot be given with num_beams above 1: beams replace each other until the search ends, "
+                "and log probabilities are not kept for them. Use num_beams=1, or leave out logprobs and echo's."
+            )
+            raise RequestRefused(INVALID, message, param)

@@ -3,7 +3,7 @@
 It ships with the product for front-end tests and benchmarks: whatever text is in the prompt comes back, so a test
 drives any output it likes. Needs `config.json` (and `tokenizer.json`, where there is one, to leave control tokens
 out) and no weights. It obeys lengths, stop ids, deadlines, priorities and logprob counts, invents the logprobs, and
-does not sample: temperature, penalties, bias and seed change nothing.
+does not sample: temperature, penalties, bias and seed change nothing. No prefix is ever cached, and it says so.
 """
 
 import time
@@ -89,6 +89,7 @@ class FakeBackend:
             max_logprobs=options.max_logprobs,
             kv_cache_tokens=max_model_len * options.max_num_seqs,
             weights_hash="fake",
+            unsupported_params=("num_beams", "no_repeat_ngram_size"),
         )
         return self._model
 
@@ -207,6 +208,7 @@ class FakeBackend:
         request, params = sequence.request, sequence.request.params
         output = SequenceOutput(request.request_id, sequence.index, [], 0)
         output.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        output.num_cached_tokens = 0 if sequence.num_tokens == 0 else None
         if params.max_tokens == 0:
             output.finish_reason = FinishReason.LENGTH
             return output

@@ -18,9 +18,13 @@ class WaitingQueue(Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def push(self, priority: int, item: T) -> None:
-        self._serial += 1
-        insort(self._entries, (priority, self._serial, item), key=lambda entry: entry[:2])
+    def push(self, priority: int, item: T, arrival: int | None = None) -> int:
+        """Returns the item's place in the order of arrival; give it back to queue the item again where it was."""
+        if arrival is None:
+            self._serial += 1
+            arrival = self._serial
+        insort(self._entries, (priority, arrival, item), key=lambda entry: entry[:2])
+        return arrival
 
     def peek(self) -> T | None:
         return self._entries[0][2] if self._entries else None

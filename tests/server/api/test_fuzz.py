@@ -65,11 +65,12 @@ def calls(draw: st.DrawFn) -> tuple[str, dict[str, object]]:
 def test_no_body_is_a_server_error(http: httpx.Client, call: tuple[str, dict[str, object]]) -> None:
     path, body = call
     response = http.post(path, json=body, timeout=10)
-    assert response.status_code in (200, 400, 404), response.text
+    may_be_late = {504} if "timeout" in body else set()
+    assert response.status_code in {200, 400, 404} | may_be_late, response.text
     if response.status_code != 200:
         assert isinstance(response.json()["error"]["code"], str)
     elif body.get("stream") is True and path.startswith("/v1"):
-        assert response.text.endswith("data: [DONE]\n\n")
+        assert response.text.endswith("data: [DONE]\n\n") or (may_be_late and '"deadline_exceeded"' in response.text)
 
 
 @settings(max_examples=50)

@@ -1,18 +1,27 @@
-"""A model folder on disk -> a causal language model in memory, or a ConfigError that says what to do.
+"""A model folder on disk -> a network in memory that is known to compute what the model's own code does.
 
 Safetensors only. Knows nothing about requests.
 """
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from server.engine.backends.hf.kv_cache import KvShape
+from server.engine.backends.hf.adapter_files import ModelShape, model_shape
+from server.engine.backends.hf.fast import FastNetwork, can_run_fast
+from server.engine.backends.hf.generic import GenericNetwork
+from server.engine.backends.hf.kv_store import KvShape, is_lazy
+from server.engine.backends.hf.memory import return_freed_memory
+from server.engine.backends.hf.network import Network
 from server.engine.backends.hf.options import HfOptions
+from server.engine.backends.hf.probe import reference_logits
+from server.engine.backends.hf.weights import check_int8
 from server.errors import ConfigError
 from server.store.model_folder import check_model_folder
 
@@ -20,6 +29,46 @@ log = logging.getLogger(__name__)
 
 MOVING_ROPES = ("dynamic", "longrope")  # their angles change with the batch's longest sequence
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
+FALLBACK_CONTEXT = 2048  # for models with relative positions that name no limit
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+QUANTIZED = ("int8", "nf4", "bnb-int8")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`expected_logits` are the untouched model's for `probe.probe_ids`."""
+
+    network: Network
+    modules: ModelShape
+    expected_logits: Tensor
+    dtype: str
+    max_model_len: int
+    max_cells: int
+    num_rows: int
+
+
+def load_network(options: HfOptions) -> Loaded:
+    """Read the folder, ask the model itself for the probe's logits, and take it over. Raises ConfigError."""
+    model = load_model(options)
+    shape = kv_shape(model)
+    max_cells = int(options.kv_cache_gib * 2**30) // shape.bytes_per_cell // shape.page_cells * shape.page_cells
+    max_len = _max_model_len(model.config, options, max_cells)
+    expected = reference_logits(model)
+    modules = model_shape(model, max_len)
+    network: Network
+    if options.forward == "auto" and options.dtype not in ("nf4", "bnb-int8") and can_run_fast(model.config):
+        network = FastNetwork(model, shape, modules, options.dtype)
+    elif options.dtype == "int8":
+        raise ConfigError(
+            f"QLOOP_HF_DTYPE=int8 is not there for {model.config.model_type} models. Use bf16, or bnb-int8 or nf4."
+        )
+    else:
+        network = GenericNetwork(model, shape, modules)
+    del model
+    return_freed_memory()
+    dtype = options.dtype if options.dtype in QUANTIZED else NAMES[shape.dtype]
+    return Loaded(network, modules, expected, dtype, max_len, max_cells, _num_rows(options, shape, max_len, max_cells))
 
 
 def load_model(options: HfOptions) -> PreTrainedModel:
@@ -28,7 +77,9 @@ def load_model(options: HfOptions) -> PreTrainedModel:
     check_model_folder(folder)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.dtype == "int8":
+        check_int8(device)
     trust = options.trust_remote_code
     try:
         disable_progress_bar()  # type: ignore[no-untyped-call]  # a log is no terminal
@@ -41,7 +92,7 @@ def load_model(options: HfOptions) -> PreTrainedModel:
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=trust,
-            attn_implementation="sdpa",
+            quantization_config=_quantization(options, config),
             output_loading_info=True,
         )
     except LOAD_ERRORS as error:
@@ -52,7 +103,9 @@ def load_model(options: HfOptions) -> PreTrainedModel:
             f"The weights in {folder} lack {len(missing)} tensors of this architecture ({missing[0]}, …). "
             "The folder is incomplete or is not a causal language model; download it again."
         )
-    model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type, unused-ignore]
+    if options.dtype not in ("nf4", "bnb-int8"):
+        model.to(device)  # type: ignore[arg-type, unused-ignore]
+    model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -68,13 +121,27 @@ def kv_shape(model: PreTrainedModel) -> KvShape:
     )
 
 
-def context_limit(config: Any) -> int:
-    """Positions the model is good for. Sliding-window layers are computed in full, exact up to their window."""
-    limit: int = config.max_position_embeddings
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and config.sliding_window:
-        log.warning("sliding-window attention: the context is limited to the window of %d", config.sliding_window)
-        limit = min(limit, config.sliding_window)
-    return limit
+def _max_model_len(config: Any, options: HfOptions, max_cells: int) -> int:
+    """The longest text that model, operator and memory allow. Raises ConfigError when the operator wants too much."""
+    own = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None) or FALLBACK_CONTEXT
+    wanted = options.max_model_len or own
+    if wanted > own:
+        raise ConfigError(f"QLOOP_MAX_MODEL_LEN={wanted}, but this model has {own} positions. Set at most {own}.")
+    if max_cells < (options.max_model_len or 1):
+        raise ConfigError(
+            f"QLOOP_KV_CACHE_GIB={options.kv_cache_gib:g} holds {max_cells} tokens of this model, fewer than one text "
+            f"may have ({wanted}). Raise it, or lower QLOOP_MAX_MODEL_LEN."
+        )
+    if max_cells < wanted:
+        log.warning("the KV cache holds %d tokens: the context ends there and not at %d", max_cells, wanted)
+    return min(wanted, max_cells)
+
+
+def _num_rows(options: HfOptions, shape: KvShape, max_len: int, max_cells: int) -> int:
+    """Rows of the KV store. Where memory is only taken when it is used, there are some more for kept prefixes."""
+    if is_lazy(shape):
+        return 2 * options.max_num_seqs
+    return max(1, min(options.max_num_seqs, max_cells // shape.round_up(max_len)))
 
 
 def check_supported(config: Any, folder: Path) -> None:
@@ -90,10 +157,19 @@ def check_supported(config: Any, folder: Path) -> None:
 
 
 def _choose_dtype(options: HfOptions, config: Any) -> torch.dtype:
-    if options.dtype != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
-    saved = config.dtype or torch.float32
+    if options.dtype in DTYPES:
+        return DTYPES[options.dtype]
+    saved = torch.bfloat16 if options.dtype in QUANTIZED else config.dtype or torch.float32
     if saved in (torch.bfloat16, torch.float32):
         return torch.bfloat16 if saved == torch.bfloat16 else torch.float32
     log.info("the checkpoint is %s; running it in bfloat16", saved)
     return torch.bfloat16
+
+
+def _quantization(options: HfOptions, config: Any) -> Any:
+    """bitsandbytes' settings, or the checkpoint's own (None)."""
+    if options.dtype == "nf4":
+        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_choose_dtype(options, config)
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if options.dtype == "bnb-int8" else None  # type: ignore[no-untyped-call]

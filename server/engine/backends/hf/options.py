@@ -9,7 +9,10 @@ from typing import Literal
 class HfOptions:
     model_path: Path
     served_name: str
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: the checkpoint's own; fp16 becomes bf16
+    # auto: the checkpoint's own; fp16 becomes bf16. int8: weights and activations; nf4, bnb-int8: by bitsandbytes.
+    dtype: Literal["auto", "bf16", "fp32", "fp16", "int8", "nf4", "bnb-int8"] = "auto"
+    forward: Literal["auto", "generic"] = "auto"  # auto: our own where the architecture is known; generic: the model's
+    prefix_cache: bool = True  # keep finished prompts' keys and values for later ones that begin the same
     kv_cache_gib: float = 4.0  # the KV store never grows beyond this
     max_model_len: int | None = None  # None: the model's own limit
     max_num_seqs: int = 64

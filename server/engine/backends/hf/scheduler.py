@@ -1,90 +1,121 @@
-"""Who waits, who prefills, who decodes, and whether the KV store has room. Knows nothing about tensors.
+"""Who runs, who waits, and how many tokens of each sequence the next step computes. Knows nothing about tensors.
 
-Row rule: decoding sequences are rows 0..D-1 in list order; at most one sequence is being prefilled and it has row D.
-Memory rule: rows x the longest reservation of a live sequence never exceeds `max_cells`.
+Order is priority, then arrival, and it is strict: nothing overtakes the head of the queue. When cells run out, the last
+sequence in that order goes back to the queue and is computed anew later; what it has produced stays produced. A beam
+search holds all the cells it can come to need from the start, and is never sent back.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+from server.engine.backends.hf.rows import KvRows
 from server.engine.backends.hf.sequence import Sequence
 from server.engine.backends.waiting import WaitingQueue
 
+SCORING_CHUNK = 64  # prompt tokens per step when their logits are wanted: bounds [chunk, vocabulary] floats
 
-class Move(NamedTuple):
-    """A row's first `length` cells go into another row."""
 
-    source: int
-    target: int
-    length: int
+class Chunk(NamedTuple):
+    """The next `num_tokens` of a sequence that a step computes."""
+
+    sequence: Sequence
+    num_tokens: int
+
+
+class Budget(NamedTuple):
+    """Prompt tokens a step may compute."""
+
+    idle: int  # while nobody is waiting for their next token
+    busy: int  # while others stream
 
 
 class Scheduler:
-    def __init__(self, max_num_seqs: int, max_cells: int) -> None:
-        self.max_num_seqs = max_num_seqs
-        self.max_cells = max_cells
+    def __init__(self, rows: KvRows, budget: Budget) -> None:
+        self.rows = rows
+        self.budget = budget
         self.waiting: WaitingQueue[Sequence] = WaitingQueue()
-        self.decoding: list[Sequence] = []
-        self.prefilling: Sequence | None = None
-
-    @property
-    def live(self) -> list[Sequence]:
-        """Everything that has a row, in row order."""
-        return self.decoding if self.prefilling is None else [*self.decoding, self.prefilling]
-
-    @property
-    def longest_reservation(self) -> int:
-        return max((sequence.reservation for sequence in self.live), default=0)
+        self.running: list[Sequence] = []  # in order of priority and arrival
+        self.num_preempted = 0
+        self._page = rows.page_cells
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.push(sequence.request.priority, sequence)
+        sequence.arrival = self.waiting.push(sequence.request.priority, sequence)
 
-    def next_prefill(self) -> Sequence | None:
-        """The sequence in prefill; if there is none, the queue's head, once a row and memory are free for it."""
-        if self.prefilling is None:
-            head = self.waiting.peek()
-            if head is not None and self._fits(head):
-                self.prefilling = self.waiting.pop()
-        return self.prefilling
+    def plan(self) -> list[Chunk]:
+        """What the next step computes: one token of every decoding sequence, then prompts within the budget."""
+        chunks = [Chunk(sequence, 1) for sequence in self._grown()]
+        budget = self.budget.busy if chunks else self.budget.idle
+        for sequence in [s for s in self.running if s.is_prefilling]:
+            budget -= self._read(sequence, budget, chunks)
+        while budget > 0 and (joining := self._admit_head()) is not None:
+            budget -= self._read(joining, budget, chunks)
+        return chunks
 
-    def finish_prefill(self) -> list[Sequence]:
-        """The prefilled sequence starts decoding in its row, and so do its siblings (other choices of the same request)
-        at the head of the queue, as far as they fit; each still needs the first one's cells copied into its row."""
-        first = self.prefilling
-        assert first is not None
-        self.prefilling = None
-        self.decoding.append(first)
-        joined = [first]
-        while (sibling := self.waiting.peek()) is not None and sibling.request is first.request:
-            if not self._fits(sibling):
-                break
-            self.decoding.append(self.waiting.pop())
-            joined.append(sibling)
-        return joined
+    def start(self, sequence: Sequence) -> None:
+        """A sequence that has a row takes part in the next step."""
+        self.running.append(sequence)
+        self.running.sort(key=lambda s: (s.request.priority, s.arrival))
 
-    def row_of(self, sequence: Sequence) -> int:
-        return self.live.index(sequence)
-
-    def remove(self, sequence: Sequence) -> list[Move]:
-        """Take out a live sequence; the moves, in order, that keep rows without holes."""
-        if sequence is self.prefilling:
-            self.prefilling = None
-            return []
-        moves: list[Move] = []
-        hole, last = self.decoding.index(sequence), len(self.decoding) - 1
-        if hole != last:
-            self.decoding[hole] = self.decoding[last]
-            moves.append(Move(last, hole, self.decoding[hole].num_cached))
-        self.decoding.pop()
-        if self.prefilling is not None:
-            moves.append(Move(last + 1, last, self.prefilling.num_cached))
-        return moves
+    def remove(self, sequence: Sequence, *, keep: bool) -> None:
+        """A sequence has ended; with `keep` its cells serve whoever continues its text."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        self.rows.release(sequence, keep=keep)
 
     def matching(self, matches: Callable[[Sequence], bool]) -> list[Sequence]:
-        """Live sequences that match."""
-        return [sequence for sequence in self.live if matches(sequence)]
+        return [sequence for sequence in self.running if matches(sequence)]
 
-    def _fits(self, sequence: Sequence) -> bool:
-        rows = len(self.live) + 1
-        longest = max(self.longest_reservation, sequence.reservation)
-        return rows <= self.max_num_seqs and rows * longest <= self.max_cells
+    def _grown(self) -> list[Sequence]:
+        """The decoding sequences, each with a cell for its next token; those that find none go back to the queue."""
+        for sequence in list(self.running):
+            if sequence in self.running and not sequence.is_prefilling:
+                while not self.rows.grow(sequence, sequence.num_cached + 1):
+                    self._preempt_last()
+                    if sequence not in self.running:
+                        break
+        return [s for s in self.running if not s.is_prefilling and s.num_todo]
+
+    def _read(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        """Schedule prompt tokens of one sequence; what that takes from the budget."""
+        most = min(budget, SCORING_CHUNK) if sequence.wants_prompt_logprobs else budget
+        count = min(sequence.num_todo, most)
+        if count <= 0:
+            return 0
+        chunks.append(Chunk(sequence, count))
+        return count
+
+    def _admit_head(self) -> Sequence | None:
+        head = self.waiting.peek()
+        if head is None or self._must_wait(head):
+            return None
+        spare = self._page * len(self.running)  # everyone who runs can go on for a while
+        if not self.rows.admit([head, *head.other_beams], head.reservation, spare):
+            return None
+        self.waiting.pop()
+        self.start(head)
+        return head
+
+    def join(self, first: Sequence) -> list[Sequence]:
+        """The prompt of `first` has just been read: other choices of its request start with its cells, as far as there
+        is room."""
+        joined: list[Sequence] = []
+        while (head := self.waiting.peek()) is not None and head.request is first.request:
+            if self._admit_head() is None:
+                break
+            self.rows.share(first, head, head.num_cached)
+            head.num_cached, head.num_reused = first.num_cached, first.num_reused
+            joined.append(head)
+        return joined
+
+    def _must_wait(self, head: Sequence) -> bool:
+        """Until the prompt it shares with another choice of its request has been read."""
+        return any(s.request is head.request and s.num_todo > 1 and not s.output for s in self.running)
+
+    def _preempt_last(self) -> None:
+        sequence = next(s for s in reversed(self.running) if not s.reservation)
+        self.running.remove(sequence)
+        self.rows.release(sequence, keep=False)
+        sequence.num_cached = 0
+        sequence.prompt_logprobs = None
+        self.waiting.push(sequence.request.priority, sequence, sequence.arrival)
+        self.num_preempted += 1

@@ -30,8 +30,9 @@ Texts = dict[tuple[str, int], Text]
 
 
 def ask(prompt: Iterable[int], request_id: str = "a", **kwargs: object) -> Generate:
-    """A greedy request; `n`, `adapter`, `priority` and `deadline_s` go to the request, the rest to the parameters."""
-    outer = {key: kwargs.pop(key) for key in ("n", "adapter", "priority", "deadline_s") if key in kwargs}
+    """A greedy request; the request's own fields go to it, the rest to the parameters."""
+    own = ("n", "adapter", "priority", "deadline_s", "cache_salt")
+    outer = {key: kwargs.pop(key) for key in own if key in kwargs}
     params = SamplingParams(**{"temperature": 0.0, **kwargs})  # type: ignore[arg-type]
     return Generate(request_id=request_id, prompt_token_ids=list(prompt), params=params, **outer)  # type: ignore[arg-type]
 
@@ -46,7 +47,8 @@ def collect(outputs: Iterable[SequenceOutput], texts: Texts) -> None:
     for output in outputs:
         text = texts.setdefault((output.request_id, output.index), Text())
         assert not text.outputs or text.finish_reason is None, "an output after the last one"
-        assert len(output.new_token_ids) <= 1, "more than one token in a step"
+        is_whole = output.finish_reason is not None and not text.outputs  # beams come at the end, all tokens at once
+        assert len(output.new_token_ids) <= 1 or is_whole, "more than one token in a step"
         text.outputs.append(output)
         text.token_ids += output.new_token_ids
         text.logprobs += output.logprobs or []

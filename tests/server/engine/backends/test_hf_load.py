@@ -90,20 +90,25 @@ def test_dtype(saved: torch.dtype, wanted: Any, runs: str, tmp_path: Path, caplo
     backend.close()
 
 
-def test_context_is_the_smallest_of_all_limits(good: Path, tmp_path: Path) -> None:
+def test_context_is_the_smallest_of_all_limits(good: Path) -> None:
     bytes_per_token = 2 * 2 * 2 * 16 * 4
-    cases = [({}, MAX_POSITIONS), ({"max_model_len": 100}, 100), ({"max_model_len": 9999}, MAX_POSITIONS)]
-    cases.append(({"kv_cache_gib": 80 * bytes_per_token / 2**30}, 80))
+    cases = [({}, MAX_POSITIONS), ({"max_model_len": 100}, 100)]
+    cases.append(({"kv_cache_gib": 150 * bytes_per_token / 2**30}, 128))  # whole pages
     for options, expected in cases:
         assert HfBackend(HfOptions(good, "tiny", **options)).load().max_model_len == expected
-    sliding = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
-    folder = write_model(tmp_path, **sliding)
-    assert HfBackend(HfOptions(folder, "tiny")).load().max_model_len == 64
 
 
-def test_no_room_for_one_token_is_a_config_error(good: Path) -> None:
-    with pytest.raises(ConfigError, match="kv_cache_gib"):
-        HfBackend(HfOptions(good, "tiny", kv_cache_gib=0.0)).load()
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"kv_cache_gib": 0.0}, "QLOOP_KV_CACHE_GIB=0 holds 0 tokens"),
+        ({"kv_cache_gib": 1e-4, "max_model_len": 300}, "QLOOP_KV_CACHE_GIB=0.0001 holds 192 tokens"),
+        ({"max_model_len": 9999}, "has 512 positions"),
+    ],
+)
+def test_a_context_that_cannot_be_had_is_a_config_error(good: Path, options: dict[str, float], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        HfBackend(HfOptions(good, "tiny", **options)).load()  # type: ignore[arg-type]
 
 
 def test_stop_ids_come_from_both_files(good: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The KV store and its scheduler: bounded memory, no holes, no strangers' numbers."""
+"""KV memory and the scheduler: bounded, shared where texts begin alike, given back, no strangers' numbers."""
 
 import random
 from collections.abc import Iterator
@@ -9,16 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.backends.hf import HfBackend, HfOptions, backend
-from server.engine.backends.hf.kv_cache import KvShape, SlotCache
-from server.engine.backends.hf.scheduler import Scheduler
+from server.engine.backends.base import RequestRefused
+from server.engine.backends.hf import HfBackend, HfOptions
+from server.engine.backends.hf.kv_store import KvShape, KvStore
+from server.engine.backends.hf.rows import SMALLEST_MATCH, KvRows
 from server.engine.backends.hf.sequence import Sequence
 from server.engine.messages import FinishReason, Generate, SamplingParams
 from tests.server.engine.backends.driver import Texts, adapter_info, ask, collect, finish, run, submit
 from tests.server.engine.backends.folders import write_adapter, write_model
 
+PAGE = 64  # cells: head size 16 in float32
 BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, head size, float32
-MAX_CELLS = 600
+MAX_CELLS = 10 * PAGE
+LONG = [(7 * i) % 251 for i in range(100)]
 
 
 @pytest.fixture(scope="module")
@@ -26,29 +29,37 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def small(model_folder: Path) -> Iterator[HfBackend]:
-    """Room for 600 tokens in all, 8 sequences, 32 prompt tokens a step."""
-    made = HfBackend(
-        HfOptions(
-            model_folder, "tiny", kv_cache_gib=MAX_CELLS * BYTES_PER_TOKEN / 2**30, max_num_seqs=8, prefill_chunk=32
-        )
-    )
+def start(model_folder: Path, **options: object) -> HfBackend:
+    sizes: dict[str, object] = {"max_num_seqs": 8, "prefill_chunk": 32} | options
+    made = HfBackend(HfOptions(model_folder, "tiny", kv_cache_gib=MAX_CELLS * BYTES_PER_TOKEN / 2**30, **sizes))  # type: ignore[arg-type]
     made.load()
+    return made
+
+
+@pytest.fixture(scope="module")
+def shared(model_folder: Path) -> Iterator[HfBackend]:
+    made = start(model_folder)
     yield made
     made.close()
 
 
+@pytest.fixture
+def small(shared: HfBackend) -> HfBackend:
+    """Room for 640 tokens in all, 8 sequences, 32 prompt tokens a step; nothing kept from earlier tests."""
+    shared._rows.forget_all()
+    return shared
+
+
 def assert_rows_are_sound(made: HfBackend) -> None:
-    """Within the bound, and every cell that no live sequence wrote is zero."""
-    cache, live = made._cache, made._scheduler.live
-    assert cache.num_rows * cache.capacity <= MAX_CELLS
-    assert cache.num_rows >= len(live)
-    for layer in cache._slots:
-        assert layer.keys.shape[0] == cache.num_rows and layer.keys.shape[2] == cache.capacity
-        for row in range(cache.num_rows):
-            used = live[row].num_cached if row < len(live) else 0
-            assert not layer.keys[row, :, used:].any() and not layer.values[row, :, used:].any()
+    """Within the bound, counted right, and nothing written outside of what is counted."""
+    rows, store = made._rows, made._store
+    assert rows.used_cells == sum(row.held for row in rows._rows) <= MAX_CELLS
+    owners = [row.owner for row in rows._rows if row.owner is not None]
+    assert rows.num_live == len(owners) == len(made._scheduler.running)
+    for row in rows._rows:
+        assert row.owner is None or (row.owner.row == row.index and row.owner.num_cached <= row.held)
+        for layer in range(2):
+            assert not store.keys[layer][row.index, :, row.held :].any()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -87,15 +98,32 @@ def test_random_traffic_keeps_every_text_and_the_bound(small: HfBackend, seed: i
         assert got == (text.token_ids[: len(got)] if int(key[0]) in aborted else text.token_ids), key
 
 
-def test_sequences_wait_for_memory_not_only_for_rows(small: HfBackend) -> None:
-    submit(small, *(ask([1] * 200, str(i), max_tokens=50, ignore_eos=True) for i in range(4)))
-    most, texts = 0, {}
+def test_when_memory_runs_out_the_last_one_starts_again_and_loses_nothing(small: HfBackend) -> None:
+    requests = [
+        ask([i, *LONG], str(i), max_tokens=100, ignore_eos=True, temperature=1.0, seed=i, logprobs=1) for i in range(4)
+    ]
+    alone = [run(small, request)[str(i), 0] for i, request in enumerate(requests)]
+    before, texts = small.stats.num_preempted, {}
+    submit(small, *requests)
     while small.has_work:
         collect(small.step(), texts)
-        most = max(most, small.stats.num_running)
-        assert small.stats.kv_tokens_used <= small.stats.kv_tokens_total == MAX_CELLS
-    assert most == 2  # 2 x 250 fit into 600, 3 do not
-    assert all(len(text.token_ids) == 50 for text in texts.values())
+        assert_rows_are_sound(small)
+    assert small.stats.num_preempted > before
+    for i, text in enumerate(alone):
+        assert texts[str(i), 0].token_ids == text.token_ids
+        assert len(texts[str(i), 0].logprobs) == 100
+
+
+def test_the_first_to_come_is_never_sent_back(small: HfBackend) -> None:
+    submit(small, *(ask([i, *LONG], str(i), max_tokens=150, ignore_eos=True) for i in range(4)))
+    texts: Texts = {}
+    produced = 0
+    while ("0", 0) not in texts or texts["0", 0].finish_reason is None:
+        collect(small.step(), texts)
+        if ("0", 0) in texts and produced:
+            assert len(texts["0", 0].token_ids) == produced + 1
+        produced = len(texts["0", 0].token_ids) if ("0", 0) in texts else 0
+    finish(small, texts)
 
 
 def test_a_step_computes_no_more_prompt_than_the_chunk(small: HfBackend) -> None:
@@ -125,14 +153,106 @@ def test_choices_share_one_prefill(small: HfBackend) -> None:
     assert small.stats.prompt_tokens_total - before == 30
 
 
-def test_idle_store_goes_back(small: HfBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(small, ask([1] * 30, max_tokens=2))
-    assert small._cache.num_bytes > 0  # small enough to keep
-    monkeypatch.setattr(backend, "IDLE_BYTES", 0)
-    submit(small, ask([1] * 30, max_tokens=20, ignore_eos=True))
+def test_the_next_turn_computes_only_what_is_new(small: HfBackend) -> None:
+    first = run(small, ask(LONG, max_tokens=20, ignore_eos=True))["a", 0].token_ids
+    before = small.stats.prompt_tokens_total
+    second = [*LONG, *first, 9, 8, 7]
+    text = run(small, ask(second, "b", max_tokens=10, ignore_eos=True))["b", 0]
+    assert text.outputs[0].num_cached_tokens == len(LONG) + 19  # the last token was chosen, but never computed
+    assert small.stats.prompt_tokens_total - before == 4
+    small._rows.forget_all()
+    assert run(small, ask(second, "c", max_tokens=10, ignore_eos=True))["c", 0].token_ids == text.token_ids
+
+
+def test_one_kept_text_serves_two_branches(small: HfBackend) -> None:
+    run(small, ask(LONG, max_tokens=1))
+    branches = [ask([*LONG[:60], i, i], str(i), max_tokens=10, ignore_eos=True) for i in range(3)]
+    texts = run(small, *branches)
+    assert [texts[str(i), 0].outputs[0].num_cached_tokens for i in range(3)] == [60, 60, 60]
+    small._rows.forget_all()
+    for i, branch in enumerate(branches):
+        assert run(small, branch)[str(i), 0].token_ids == texts[str(i), 0].token_ids
+        small._rows.forget_all()
+
+
+@pytest.mark.parametrize("other", [{"cache_salt": "another tenant"}, {"adapter": adapter_info("x").id}, {}])
+def test_prefixes_are_not_shared_across_tenants_or_adapters(
+    small: HfBackend, model_folder: Path, tmp_path: Path, other: dict[str, str]
+) -> None:
+    small.load_adapter(adapter_info("x"), write_adapter(tmp_path, model_folder))
+    run(small, ask(LONG, max_tokens=1))
+    text = run(small, ask(LONG, "b", max_tokens=1, **other))["b", 0]
+    assert text.outputs[0].num_cached_tokens == (0 if other else len(LONG) - 1)
+    small.unload_adapter(adapter_info("x").id)
+
+
+def test_an_unloaded_adapter_leaves_no_cells(small: HfBackend, model_folder: Path, tmp_path: Path) -> None:
+    small.load_adapter(adapter_info("x"), write_adapter(tmp_path, model_folder))
+    run(small, ask(LONG, max_tokens=1, adapter=adapter_info("x").id))
+    assert small._rows.used_cells > 0
+    small.unload_adapter(adapter_info("x").id)
+    assert small._rows.used_cells == 0
+
+
+def test_scored_prompts_are_computed_whole(small: HfBackend) -> None:
+    run(small, ask(LONG, max_tokens=1))
+    text = run(small, ask(LONG, "b", max_tokens=1, prompt_logprobs=1))["b", 0]
+    assert text.outputs[0].num_cached_tokens == 0
+    assert text.prompt_logprobs is not None and len(text.prompt_logprobs) == len(LONG)
+
+
+def test_without_prefix_cache_nothing_is_kept(model_folder: Path) -> None:
+    made = start(model_folder, prefix_cache=False)
+    run(made, ask(LONG, max_tokens=1))
+    assert made._rows.used_cells == 0
+    assert run(made, ask(LONG, "b", max_tokens=1))["b", 0].outputs[0].num_cached_tokens == 0
+    made.close()
+
+
+def test_kept_texts_go_when_room_is_needed_the_oldest_first(small: HfBackend) -> None:
+    for i in range(6):
+        run(small, ask([i, *LONG], str(i), max_tokens=1))
+    assert small._rows.used_cells <= MAX_CELLS
+    reused = [run(small, ask([i, *LONG], "x", max_tokens=1))["x", 0].outputs[0].num_cached_tokens for i in (5, 0)]
+    assert reused[0] == len(LONG) and reused[1] == 0
+
+
+def test_out_of_memory_fails_the_largest_and_nobody_else(small: HfBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [ask([3, 4, i], str(i), max_tokens=8, ignore_eos=True) for i in range(2)]
+    alone = [run(small, request)[str(i), 0].token_ids for i, request in enumerate(requests)]
+    texts: Texts = {}
+    submit(small, *requests)
+    collect(small.step(), texts)
+    submit(small, ask(LONG, "large", max_tokens=8))
+    forward = small._network.forward
+
+    def scarce(batch: object) -> torch.Tensor:
+        if len(batch.token_ids) > 10:  # type: ignore[attr-defined]
+            raise torch.OutOfMemoryError("no more")
+        return forward(batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(small._network, "forward", scarce)
+    finish(small, texts)
+    assert texts["large", 0].finish_reason is FinishReason.ERROR
+    assert "ran out of memory" in (texts["large", 0].last.error or "")
+    assert [texts[str(i), 0].token_ids for i in range(2)] == alone
+
+
+def test_beams_take_their_memory_first_and_give_it_back(small: HfBackend) -> None:
+    with pytest.raises(RequestRefused, match="beams of"):
+        small.check(ask(LONG, max_tokens=200, num_beams=5))
+    beams = ask(LONG[:20], "beams", max_tokens=20, num_beams=4, n=4, ignore_eos=True)
+    expected = run(small, beams)
+    texts: Texts = {}
+    submit(small, *(ask([i, *LONG], str(i), max_tokens=60, ignore_eos=True) for i in range(2)), beams)
+    while small.has_work:
+        collect(small.step(), texts)
+        assert small._rows.used_cells <= MAX_CELLS
+    assert [texts["beams", i].token_ids for i in range(4)] == [expected["beams", i].token_ids for i in range(4)]
+    submit(small, beams)
     small.step()
-    small.abort("a")
-    assert small._cache.num_bytes == 0
+    small.abort("beams")
+    assert not small.has_work and small._rows.num_live == 0
 
 
 def test_nan_ends_its_own_sequence_and_leaves_nothing_behind(
@@ -156,42 +276,65 @@ def test_nan_ends_its_own_sequence_and_leaves_nothing_behind(
     small.unload_adapter(adapter_info("wild").id)
 
 
-def sequence(reservation: int, priority: int = 0) -> Sequence:
-    params = SamplingParams(max_tokens=1)
-    return Sequence(Generate(request_id="a", prompt_token_ids=[0] * (reservation - 1), params=params), 0, frozenset())
+SHAPE = KvShape(1, 1, 16, torch.float32, torch.device("cpu"))
 
 
-@given(st.lists(st.tuples(st.integers(1, 12), st.integers(2, 40)), max_size=60))
-@settings(deadline=None)
-def test_rows_have_no_holes_whatever_comes_and_goes(events: list[tuple[int, int]]) -> None:
-    """A model of the cache: after each event, cell row i must belong to live sequence i."""
-    scheduler, rows = Scheduler(max_num_seqs=5, max_cells=100), list[Sequence | None]([None] * 5)
-    for action, size in events:
-        if action <= 6:
-            scheduler.add(sequence(size))
-        elif action <= 9 and (started := scheduler.next_prefill()) is not None:
-            rows[scheduler.row_of(started)] = started
-            if action <= 8:
-                scheduler.finish_prefill()
-        elif scheduler.live:
-            leaver = scheduler.live[size % len(scheduler.live)]
-            for source, target, _ in scheduler.remove(leaver):
-                rows[target] = rows[source]
-        live = scheduler.live
-        assert rows[: len(live)] == live
-        assert len(live) * max((s.reservation for s in live), default=0) <= 100 and len(live) <= 5
+def sequence(tokens: list[int], salt: str = "") -> Sequence:
+    return Sequence(
+        Generate(request_id="a", prompt_token_ids=tokens, params=SamplingParams(), cache_salt=salt), 0, frozenset()
+    )
 
 
-def test_store_grows_geometrically_and_keeps_what_was_written() -> None:
-    shape = KvShape(1, 1, 2, torch.float32, torch.device("cpu"))
-    cache = SlotCache(shape, max_rows=8, max_cells=2000)
-    sizes = []
-    for length in range(1, 200):
-        cache.reserve(1, length, 500)
-        cache._slots[0].keys[0, 0, length - 1] = length
-        sizes.append(cache.capacity)
-    assert len(set(sizes)) <= 4
-    assert cache._slots[0].keys[0, 0, :199, 0].tolist() == list(range(1, 200))
-    cache.reserve(8, 200, 250)
-    assert (cache.num_rows, cache.capacity) == (8, 250)
-    assert cache._slots[0].keys[0, 0, :199, 0].tolist() == list(range(1, 200))
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(1, 150)), max_size=40))
+@settings(deadline=None, max_examples=60)
+def test_rows_hold_what_their_sequences_believe(events: list[tuple[int, int, int]]) -> None:
+    """Each cell is marked with its token: after any coming and going a row begins with its sequence's text."""
+    store = KvStore(SHAPE, 5, 256)
+    rows, live = KvRows(store, 5, 6 * PAGE, 4, keeps_prefixes=True), list[Sequence]()
+    for action, family, size in events:
+        if action <= 5:
+            new = sequence([family * 1000 + i for i in range(size)], salt="" if action < 5 else "other")
+            if rows.admit([new]):
+                live.append(new)
+                assert store.keys[0][new.row, 0, : new.num_cached, 0].tolist() == new.tokens[: new.num_cached]
+                assert new.num_cached < len(new.tokens)
+                store.keys[0][new.row, 0, : len(new.tokens), 0] = torch.tensor(new.tokens, dtype=torch.float32)
+                new.num_cached = len(new.tokens)
+        elif live:
+            leaver = live.pop(size % len(live))
+            if action == 6 and rows.grow(leaver, leaver.num_cached + PAGE):
+                live.append(leaver)
+            else:
+                rows.release(leaver, keep=action < 9)
+        assert rows.used_cells == sum(row.held for row in rows._rows) <= 6 * PAGE
+        for one in live:
+            assert store.keys[0][one.row, 0, : one.num_cached, 0].tolist() == one.tokens
+
+
+def test_short_prefixes_are_computed_again() -> None:
+    rows = KvRows(KvStore(SHAPE, 4, 256), 4, 6 * PAGE, 4, keeps_prefixes=True)
+    for length in (SMALLEST_MATCH, SMALLEST_MATCH + 1):
+        first = sequence(list(range(length)))
+        assert rows.admit([first])
+        first.num_cached = length
+        rows.release(first, keep=True)
+    again = sequence([*range(SMALLEST_MATCH), 99, 98])
+    assert rows.admit([again]) and again.num_cached == SMALLEST_MATCH
+    other = sequence([*range(SMALLEST_MATCH - 1), 99, 98])
+    assert rows.admit([other]) and other.num_cached == 0
+
+
+def test_trimming_gives_memory_back() -> None:
+    store = KvStore(KvShape(4, 2, 64, torch.float32, torch.device("cpu")), 4, 65536)
+    before = resident_mib()
+    for layer in range(4):
+        store.keys[layer][1] = 1.0
+    assert resident_mib() - before > 100  # 4 layers x 2 heads x 65,536 cells x 256 bytes
+    store.trim(1, 100, 65536)
+    assert resident_mib() - before < 10
+    assert store.keys[0][1, 0, :, 0].nonzero().max() == 99
+
+
+def resident_mib() -> float:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -81,7 +82,6 @@ def test_eight_join_at_different_steps_with_two_adapters(
 def test_unloaded_adapters_leave_no_trace(model_folder: Path, adapters: dict[str, Path]) -> None:
     backend = HfBackend(HfOptions(model_folder, "tiny", kv_cache_gib=0.05))
     backend.load()
-    layers = [type(module) for module in backend._net.modules()]
     for name, folder in adapters.items():
         backend.load_adapter(adapter_info(name), folder)
     backend.unload_adapter(adapter_info("big").id)
@@ -89,4 +89,24 @@ def test_unloaded_adapters_leave_no_trace(model_folder: Path, adapters: dict[str
     reference = greedy_with_gaps(model_folder, PROMPTS[2], 12, adapters["small"])
     assert_agrees(run(backend, request)["a", 0].token_ids, reference)
     backend.unload_adapter(adapter_info("small").id)
-    assert [type(module) for module in backend._net.modules()] == layers
+    projections = set(backend._network.projections.values())
+    assert not any(p._columns or p._a.numel() or p._b.numel() for p in projections)
+
+
+@pytest.mark.parametrize("forward", ["auto", "generic"])
+def test_an_adapter_on_the_output_head(model_folder: Path, tmp_path: Path, forward: Literal["auto", "generic"]) -> None:
+    """The head sees fewer tokens than the rest of the network, and must still know whose they are."""
+    folder = write_adapter(tmp_path, model_folder, target_modules=["lm_head", "q_proj"])
+    backend = HfBackend(HfOptions(model_folder, "tiny", kv_cache_gib=0.05, forward=forward))
+    backend.load()
+    backend.load_adapter(adapter_info("head"), folder)
+    user = adapter_info("head").id
+    submit(
+        backend,
+        *(ask(PROMPTS[i], str(i), max_tokens=12, ignore_eos=True, adapter=[None, user][i % 2]) for i in range(4)),
+    )
+    texts = finish(backend)
+    for i in range(4):
+        reference = greedy_with_gaps(model_folder, PROMPTS[i], 12, folder if i % 2 else None)
+        assert_agrees(texts[str(i), 0].token_ids, reference)
+    backend.close()

@@ -1,0 +1,95 @@
+"""What is found out about model and machine once, at start: does our way of computing give the model's own logits, and
+how many prompt tokens does a step have time for.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from server.engine.backends.hf.batch import Batch, Part
+from server.engine.backends.hf.kv_store import KvStore
+from server.engine.backends.hf.network import Network
+from server.engine.backends.hf.scheduler import Budget
+from server.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+PROBE_TOKENS = 24
+PIECES = (13, 10, 1)  # the probe is computed in these pieces, the last as decoding does
+LEAST_CORRELATION = 0.98
+LEAST_CORRELATION_INT8 = 0.9
+STEP_S = 0.25  # what a prompt may add to a step: the heartbeat comes from between steps
+BUSY_RATIO = 1.8  # how much longer a step may take because of a prompt while others stream
+DECODE_TOKENS = 8
+SMALLEST_BUDGET = 16
+
+
+def probe_ids(vocab_size: int) -> list[int]:
+    """The same few different ids at every start."""
+    return [(7 + 7919 * place) % vocab_size for place in range(PROBE_TOKENS)]
+
+
+def reference_logits(model: PreTrainedModel) -> Tensor:
+    """The model's own answer, float32 `[PROBE_TOKENS, V]`."""
+    ids = torch.tensor([probe_ids(model.config.vocab_size)], device=model.device)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits.float()
+
+
+def check_network(network: Network, store: KvStore, expected: Tensor, row: int, is_int8: bool) -> None:
+    """Compute the probe piece by piece. Raises ConfigError when that is not what the model computes."""
+    ids = probe_ids(expected.shape[1])
+    found, start = [], 0
+    for count in PIECES:
+        part = Part(row, start, ids[start : start + count], wants_all=True)
+        found.append(network.forward(Batch([part], store)).float())
+        start += count
+    store.trim(row, 0, store.shape.round_up(start))
+    least = _least_correlation(torch.cat(found), expected)
+    log.info("computed like the model's own code: correlation of the logits %.5f", least)
+    if not least >= (LEAST_CORRELATION_INT8 if is_int8 else LEAST_CORRELATION):
+        raise ConfigError(
+            f"The hf backend does not compute this model as its own code does (correlation of the logits {least:.3f}). "
+            "Try QLOOP_HF_FORWARD=generic or QLOOP_HF_DTYPE=bf16, or serve it with vllm."
+        )
+
+
+def _least_correlation(found: Tensor, expected: Tensor) -> float:
+    """Over positions; NaN if a logit is not a number."""
+    left, right = (logits - logits.mean(-1, keepdim=True) for logits in (found, expected))
+    return float(torch.cosine_similarity(left, right, dim=-1).amin())
+
+
+def measured_budget(network: Network, store: KvStore, row: int, most: int) -> Budget:
+    """Prompt tokens per step, as powers of two, at most `most`.
+
+    Measured once: budgets that followed the clock would change rounding from run to run, and with it texts.
+    """
+    decode = _seconds(network, store, row, DECODE_TOKENS)
+    busy = idle = SMALLEST_BUDGET
+    count = SMALLEST_BUDGET
+    while count < min(most, store.capacity // 2):
+        count *= 2
+        seconds = _seconds(network, store, row, min(count, most))
+        if seconds > max(STEP_S, BUSY_RATIO * decode):
+            break
+        idle = min(count, most)
+        if seconds <= BUSY_RATIO * decode:
+            busy = idle
+    store.trim(row, 0, store.shape.round_up(count))
+    return Budget(idle=min(idle, most), busy=min(busy, most))
+
+
+def _seconds(network: Network, store: KvStore, row: int, count: int) -> float:
+    """The better of two passes over `count` tokens; the first of a shape also compiles kernels."""
+    batch = Batch([Part(row, 0, [0] * count)], store)
+    times: Sequence[float] = []
+    for _ in range(2):
+        start = time.perf_counter()
+        network.forward(batch)[0, 0].item()
+        times = [*times, time.perf_counter() - start]
+    return min(times)
