@@ -4,7 +4,6 @@ how many prompt tokens does a step have time for.
 
 import logging
 import time
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +21,11 @@ PROBE_TOKENS = 24
 PIECES = (13, 10, 1)  # the probe is computed in these pieces, the last as decoding does
 LEAST_CORRELATION = 0.98
 LEAST_CORRELATION_INT8 = 0.9
-STEP_S = 0.25  # what a prompt may add to a step: the heartbeat comes from between steps
-BUSY_RATIO = 1.8  # how much longer a step may take because of a prompt while others stream
+IDLE_S = 0.5  # how long a step may take for prompts alone: leaving callers are noticed between steps
+BUSY_S = 0.25  # and while others stream,
+BUSY_RATIO = 2.4  # who notice a step that takes so many times as long as one without a prompt
 DECODE_TOKENS = 8
+FAR_START, FAR_TOKENS, LEAST_FAR = 2048, 64, 256
 SMALLEST_BUDGET = 16
 
 
@@ -65,31 +66,42 @@ def _least_correlation(found: Tensor, expected: Tensor) -> float:
 
 
 def measured_budget(network: Network, store: KvStore, row: int, most: int) -> Budget:
-    """Prompt tokens per step, as powers of two, at most `most`.
+    """What a step has time for, in powers of two, at most `most`.
 
     Measured once: budgets that followed the clock would change rounding from run to run, and with it texts.
     """
     decode = _seconds(network, store, row, DECODE_TOKENS)
-    busy = idle = SMALLEST_BUDGET
-    count = SMALLEST_BUDGET
-    while count < min(most, store.capacity // 2):
-        count *= 2
-        seconds = _seconds(network, store, row, min(count, most))
-        if seconds > max(STEP_S, BUSY_RATIO * decode):
+    idle = busy = count = min(SMALLEST_BUDGET, most)
+    while count <= min(most, store.capacity // 2):
+        seconds = _seconds(network, store, row, count)
+        if seconds > IDLE_S:
             break
-        idle = min(count, most)
-        if seconds <= BUSY_RATIO * decode:
-            busy = idle
-    store.trim(row, 0, store.shape.round_up(count))
-    return Budget(idle=min(idle, most), busy=min(busy, most))
+        idle = count
+        busy = count if seconds <= min(BUSY_RATIO * decode, BUSY_S) else busy
+        count *= 2
+    store.trim(row, 0, store.capacity)
+    return Budget(idle, busy, _far(network, store, row, decode))
 
 
-def _seconds(network: Network, store: KvStore, row: int, count: int) -> float:
-    """The better of two passes over `count` tokens; the first of a shape also compiles kernels."""
-    batch = Batch([Part(row, 0, [0] * count)], store)
-    times: Sequence[float] = []
-    for _ in range(2):
-        start = time.perf_counter()
+def _far(network: Network, store: KvStore, row: int, decode: float) -> int:
+    """After how many cells attention costs a prompt's token as much as all the rest."""
+    start = min(FAR_START, store.capacity - FAR_TOKENS)
+    if start < FAR_TOKENS:
+        return store.capacity
+    near, far = (_seconds(network, store, row, FAR_TOKENS, place) for place in (0, start))
+    store.trim(row, 0, store.capacity)
+    ratio = max(near - decode, 0.1 * near) / max(far - near, 0.01 * near)
+    return max(int(start * ratio), LEAST_FAR)
+
+
+def _seconds(network: Network, store: KvStore, row: int, count: int, start: int = 0) -> float:
+    """The best of three passes over `count` tokens behind `start` cells; the first of a shape also compiles kernels."""
+    batch = Batch([Part(row, start, [0] * count)], store)
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
         network.forward(batch)[0, 0].item()
-        times = [*times, time.perf_counter() - start]
+        times.append(time.perf_counter() - begin)
+        if times[-1] > IDLE_S:
+            break  # a large model on a small machine should not start longer for this
     return min(times)

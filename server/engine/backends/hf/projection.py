@@ -19,6 +19,7 @@ from server.engine.backends.base import AdapterError
 
 Columns = tuple[tuple[int, int], ...]  # (owning slot, number of columns) of every LoRA, side by side
 BASE = -1  # the slot of a token without an adapter
+SMALL_OUTPUT = 2048
 MAX_GAP = 64  # computing this many columns for nothing costs less than the three calls of another span
 
 
@@ -167,8 +168,11 @@ class Projection(nn.Module):
         self._groups = len(self.parts) if len(widths) == 1 else 1
         self._width = self.out_features // self._groups
         batch = () if self._groups == 1 else (self._groups,)
-        self._a = torch.empty((*batch, 0, in_features), dtype=dtype, device=device)
-        self._b = torch.empty((*batch, 0, self._width), dtype=dtype, device=device)
+        # Small float32 products start faster on a CPU than bf16 ones; large ones are bound by memory.
+        fast_dtype = torch.float32 if device.type == "cpu" else dtype
+        self._a = torch.empty((*batch, 0, in_features), dtype=fast_dtype, device=device)
+        b_dtype = fast_dtype if self.out_features <= SMALL_OUTPUT else dtype
+        self._b = torch.empty((*batch, 0, self._width), dtype=b_dtype, device=device)
         self._inputs = _Scales(torch.ones((), dtype=dtype, device=device).expand(in_features))
         self._outputs = _Scales(torch.ones((), dtype=dtype, device=device).expand(self.out_features))
 
@@ -186,17 +190,19 @@ class Projection(nn.Module):
         return y
 
     def _add_lora(self, x: Tensor, y: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1]).to(self._a.dtype)
         for span in self._slot_map.spans(self._columns):
             count = span.end - span.start
             a, b = self._a.narrow(-2, span.start, count), self._b.narrow(-2, span.start, count)
             if self._groups == 1:
-                hidden = span.own(nn.functional.linear(x, a))
-                y.view(-1, self._width).addmm_(hidden.view(-1, count), b)
+                hidden = span.own(torch.mm(x, a.t()))
+                if b.dtype == y.dtype:
+                    y.view(-1, self._width).addmm_(hidden.to(b.dtype), b)
+                else:
+                    y.view(-1, self._width).add_(torch.mm(hidden, b))
             else:
-                inputs = x.reshape(-1, x.shape[-1]).expand(self._groups, -1, -1)
-                hidden = torch.bmm(inputs, a.transpose(1, 2))
-                span.own(hidden.view(self._groups, *x.shape[:-1], count))
-                y.view(-1, self._groups, self._width).transpose(0, 1).baddbmm_(hidden, b)
+                hidden = span.own(torch.bmm(x.expand(self._groups, -1, -1), a.transpose(1, 2)))
+                y.view(-1, self._groups, self._width).transpose(0, 1).baddbmm_(hidden.to(b.dtype), b)
 
     def attach_lora(self, slot: int, matrices: Mapping[str, LoraMatrices]) -> None:
         """Add an adapter's matrices for some of the parts."""

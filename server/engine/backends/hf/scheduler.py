@@ -5,6 +5,7 @@ sequence in that order goes back to the queue and is computed anew later; what i
 search holds all the cells it can come to need from the start, and is never sent back.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,10 +24,11 @@ class Chunk(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """Prompt tokens a step may compute."""
+    """Prompt tokens a step may compute, where a token that looks back over `far` cells counts double."""
 
-    idle: int  # while nobody is waiting for their next token
+    idle: int  # while nobody waits for their next token
     busy: int  # while others stream
+    far: int
 
 
 class Scheduler:
@@ -77,12 +79,14 @@ class Scheduler:
 
     def _read(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Schedule prompt tokens of one sequence; what that takes from the budget."""
-        most = min(budget, SCORING_CHUNK) if sequence.wants_prompt_logprobs else budget
+        weight = 1 + sequence.num_cached / self.budget.far
+        most = max(int(budget / weight), 1) if budget > 0 else 0
+        if sequence.wants_prompt_logprobs:
+            most = min(most, SCORING_CHUNK)
         count = min(sequence.num_todo, most)
-        if count <= 0:
-            return 0
-        chunks.append(Chunk(sequence, count))
-        return count
+        if count:
+            chunks.append(Chunk(sequence, count))
+        return math.ceil(count * weight)
 
     def _admit_head(self) -> Sequence | None:
         head = self.waiting.peek()
