@@ -5,6 +5,7 @@ Safetensors only. Knows nothing about requests.
 
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def load_model(options: HfOptions) -> PreTrainedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.dtype == "int8":
         check_int8(device)
+    if options.dtype in ("nf4", "bnb-int8") and find_spec("bitsandbytes") is None:
+        raise ConfigError(f"QLOOP_HF_DTYPE={options.dtype} needs bitsandbytes: pip install 'qloop[bnb]'.")
     trust = options.trust_remote_code
     try:
         disable_progress_bar()  # type: ignore[no-untyped-call]  # a log is no terminal

@@ -50,7 +50,7 @@ class Span:
     def own(self, hidden: Tensor) -> Tensor:
         """`[..., T, end - start]` with zeros where a column is not the token's, in place."""
         if self.others is not None:
-            hidden.masked_fill_(self.others, 0)
+            hidden.view(-1, *self.others.shape).masked_fill_(self.others, 0)
         return hidden
 
 
@@ -171,7 +171,7 @@ class Projection(nn.Module):
         # Small float32 products start faster on a CPU than bf16 ones; large ones are bound by memory.
         fast_dtype = torch.float32 if device.type == "cpu" else dtype
         self._a = torch.empty((*batch, 0, in_features), dtype=fast_dtype, device=device)
-        b_dtype = fast_dtype if self.out_features <= SMALL_OUTPUT else dtype
+        b_dtype = fast_dtype if self._groups == 1 and self.out_features <= SMALL_OUTPUT else dtype
         self._b = torch.empty((*batch, 0, self._width), dtype=b_dtype, device=device)
         self._inputs = _Scales(torch.ones((), dtype=dtype, device=device).expand(in_features))
         self._outputs = _Scales(torch.ones((), dtype=dtype, device=device).expand(self.out_features))
