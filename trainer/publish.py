@@ -12,7 +12,7 @@ from server.store.registry import AdapterEntry, Registry, check_adapter_folder
 from server.text.render import ChatRenderer
 from trainer.run_folder import read_run
 
-PROMPT_METHODS = frozenset({"prefix_tuning", "prompt_tuning", "p_tuning", "ia3"})  # vLLM 0.32 serves none of them
+HF_ONLY = frozenset({"prefix_tuning", "prompt_tuning", "p_tuning", "ia3"})  # vLLM 0.32 serves none of them
 
 
 def publish(folder: Path, name: str, home: Home, *, base: str | None = None) -> AdapterEntry:
@@ -57,8 +57,15 @@ def _card(config: dict[str, Any], run: dict[str, Any], base: Path, base_name: st
         rank=rank if isinstance(rank, int) else 0,
         dataset_hash=str(run.get("dataset_hash", "")),
         run_id=str(run.get("id", "")),
-        backends=("hf",) if method in PROMPT_METHODS or config.get("use_dora") else ("hf", "vllm"),
+        backends=_backends(method, config),
     )
+
+
+def _backends(method: str, config: dict[str, Any]) -> tuple[str, ...]:
+    """Who can serve it; nobody serves what has to be merged into the base model first."""
+    if method in HF_ONLY:
+        return ("hf",)
+    return ("hf", "vllm") if method == "lora" and not config.get("use_dora") else ()
 
 
 def _same_base(run: dict[str, Any], found: str, base: Path) -> str:

@@ -55,7 +55,7 @@ def check_network(network: Network, store: KvStore, expected: Tensor, row: int, 
     if not least >= (LEAST_CORRELATION_INT8 if is_int8 else LEAST_CORRELATION):
         raise ConfigError(
             f"The hf backend does not compute this model as its own code does (correlation of the logits {least:.3f}). "
-            "Try QLOOP_HF_FORWARD=generic or QLOOP_HF_DTYPE=bf16, or serve it with vllm."
+            "Try QLOOP_HF_DTYPE=bf16, QLOOP_HF_FORWARD=generic if that is not set, or serve it with vllm."
         )
 
 
