@@ -26,7 +26,7 @@ from server.engine.backends.hf.load import load_network
 from server.engine.backends.hf.logprobs import token_logprobs
 from server.engine.backends.hf.memory import return_freed_memory
 from server.engine.backends.hf.options import HfOptions
-from server.engine.backends.hf.probe import check_network, measured_budget
+from server.engine.backends.hf.probe import PROBE_TOKENS, check_network, measured_budget
 from server.engine.backends.hf.rows import KvRows
 from server.engine.backends.hf.sampler import choose
 from server.engine.backends.hf.scheduler import Chunk, Scheduler
@@ -54,10 +54,10 @@ class HfBackend:
         options = self._options
         loaded = load_network(options)
         network, shape = loaded.network, loaded.network.shape
-        self._store = KvStore(shape, loaded.num_rows + 1, loaded.max_model_len)
+        self._store = KvStore(shape, loaded.num_rows + 1, max(loaded.max_model_len, PROBE_TOKENS))
         self._scratch_row = loaded.num_rows
         check_network(network, self._store, loaded.expected_logits, self._scratch_row, options.dtype == "int8")
-        budget = measured_budget(network, self._store, self._scratch_row, options.prefill_chunk)
+        budget = measured_budget(network, self._store, self._scratch_row, options.prefill_chunk, loaded.max_model_len)
         log.info("prompt tokens per step: %d, while others stream: %d (half at %d cells)", *budget)
         self._network, self._modules = network, loaded.modules
         self._adapters = LoadedAdapters(network.projections)

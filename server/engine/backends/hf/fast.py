@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from server.engine.backends.hf.adapter_files import ModelShape
 from server.engine.backends.hf.batch import Batch
 from server.engine.backends.hf.kv_store import KvShape
+from server.engine.backends.hf.probe import PROBE_TOKENS
 from server.engine.backends.hf.projection import Projection, SlotMap
 from server.engine.backends.hf.weights import Linear, pack
 
@@ -56,7 +57,7 @@ class FastNetwork:
         self._heads = config.num_attention_heads
         decoder: Any = model.model
         self._embedding: Tensor = decoder.embed_tokens.weight
-        self._cos, self._sin = _rotary_table(decoder.rotary_emb, modules.max_len, shape)
+        self._cos, self._sin = _rotary_table(decoder.rotary_emb, max(modules.max_len, PROBE_TOKENS), shape)
         self._layers = []
         for index in range(len(decoder.layers)):
             self._layers.append(self._take(decoder.layers[index], f"model.layers.{index}"))

@@ -65,14 +65,14 @@ def _least_correlation(found: Tensor, expected: Tensor) -> float:
     return float(torch.cosine_similarity(left, right, dim=-1).amin())
 
 
-def measured_budget(network: Network, store: KvStore, row: int, most: int) -> Budget:
-    """What a step has time for, in powers of two, at most `most`.
+def measured_budget(network: Network, store: KvStore, row: int, most: int, max_len: int) -> Budget:
+    """What a step has time for, in powers of two, at most `most`; the model has `max_len` positions.
 
     Measured once: budgets that followed the clock would change rounding from run to run, and with it texts.
     """
     decode = _seconds(network, store, row, DECODE_TOKENS)
     idle = busy = count = min(SMALLEST_BUDGET, most)
-    while count <= min(most, store.capacity // 2):
+    while count <= min(most, max_len // 2):
         seconds = _seconds(network, store, row, count)
         if seconds > IDLE_S:
             break
@@ -80,12 +80,12 @@ def measured_budget(network: Network, store: KvStore, row: int, most: int) -> Bu
         busy = count if seconds <= min(BUSY_RATIO * decode, BUSY_S) else busy
         count *= 2
     store.trim(row, 0, store.capacity)
-    return Budget(idle, busy, _far(network, store, row, decode))
+    return Budget(idle, busy, _far(network, store, row, decode, max_len))
 
 
-def _far(network: Network, store: KvStore, row: int, decode: float) -> int:
+def _far(network: Network, store: KvStore, row: int, decode: float, max_len: int) -> int:
     """After how many cells attention costs a prompt's token as much as all the rest."""
-    start = min(FAR_START, store.capacity - FAR_TOKENS)
+    start = min(FAR_START, max_len - FAR_TOKENS)
     if start < FAR_TOKENS:
         return store.capacity
     near, far = (_seconds(network, store, row, FAR_TOKENS, place) for place in (0, start))

@@ -92,7 +92,7 @@ def test_dtype(saved: torch.dtype, wanted: Any, runs: str, tmp_path: Path, caplo
 
 def test_context_is_the_smallest_of_all_limits(good: Path) -> None:
     bytes_per_token = 2 * 2 * 2 * 16 * 4
-    cases = [({}, MAX_POSITIONS), ({"max_model_len": 100}, 100)]
+    cases = [({}, MAX_POSITIONS), ({"max_model_len": 100}, 100), ({"max_model_len": 9}, 9)]
     cases.append(({"kv_cache_gib": 150 * bytes_per_token / 2**30}, 128))  # whole pages
     for options, expected in cases:
         assert HfBackend(HfOptions(good, "tiny", **options)).load().max_model_len == expected
