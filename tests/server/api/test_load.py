@@ -24,8 +24,9 @@ from tests.services import MODEL, Service, free_port, wait_until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG: dict[str, Any] = {"messages": [{"role": "user", "content": "你好"}], "max_tokens": 400, "ignore_eos": True}
-# The gauges are the engine's last heartbeat, one a second: what was freed within a second shows within two.
-FREED_S = 2.5
+# Left alone, LONG runs for 8 s. What was freed shows within 0.4 s on a busy machine; a machine that stands still for
+# seconds (seen: a virtual one whose host was full) is not what this tests.
+FREED_S = 6.0
 
 
 def is_empty(service: Service) -> bool:
