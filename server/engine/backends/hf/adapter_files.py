@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from server.engine.backends.base import AdapterError
+from server.engine.backends.hf.kv_store import kv_shape
 from server.engine.backends.hf.projection import Ia3Vector, LoraMatrices
 
 log = logging.getLogger(__name__)
@@ -118,17 +119,16 @@ def model_shape(model: PreTrainedModel, max_len: int) -> ModelShape:
             modules[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             modules[name] = (module.nx, module.nf)
-    config: Any = model.config
-    num_heads = config.num_attention_heads
+    cells = kv_shape(model)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
     return ModelShape(
         modules=modules,
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        num_layers=cells.num_layers,
+        num_kv_heads=cells.num_kv_heads,
+        head_dim=cells.head_dim,
         hidden_size=embeddings.embedding_dim,
-        dtype=model.dtype,
-        device=model.device,
+        dtype=cells.dtype,
+        device=cells.device,
         max_len=max_len,
     )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from server.errors import ConfigError
 
@@ -41,6 +42,19 @@ class KvShape:
 
     def round_up(self, cells: int) -> int:
         return -(-cells // self.page_cells) * self.page_cells
+
+
+def kv_shape(model: PreTrainedModel) -> KvShape:
+    """The shape of a model's keys and values, by its config; dtype and device are the model's."""
+    config = model.config
+    num_heads = config.num_attention_heads
+    return KvShape(
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        dtype=model.dtype,
+        device=model.device,
+    )
 
 
 class KvStore:

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from server.engine.backends.hf.adapter_files import ModelShape, model_shape
 from server.engine.backends.hf.fast import FastNetwork, can_run_fast
 from server.engine.backends.hf.generic import GenericNetwork
-from server.engine.backends.hf.kv_store import KvShape, is_lazy
+from server.engine.backends.hf.kv_store import KvShape, is_lazy, kv_shape
 from server.engine.backends.hf.memory import return_freed_memory
 from server.engine.backends.hf.network import Network
 from server.engine.backends.hf.options import HfOptions
@@ -33,7 +33,8 @@ LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, Runtime
 FALLBACK_CONTEXT = 2048  # for models with relative positions that name no limit
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-QUANTIZED = ("int8", "nf4", "bnb-int8")
+BITSANDBYTES = ("nf4", "bnb-int8")
+QUANTIZED = ("int8", *BITSANDBYTES)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def load_network(options: HfOptions) -> Loaded:
     expected = reference_logits(model)
     modules = model_shape(model, max_len)
     network: Network
-    if options.forward == "auto" and options.dtype not in ("nf4", "bnb-int8") and can_run_fast(model.config):
+    if options.forward == "auto" and options.dtype not in BITSANDBYTES and can_run_fast(model.config):
         network = FastNetwork(model, shape, modules, options.dtype)
     elif options.dtype == "int8":
         raise ConfigError(
@@ -81,7 +82,7 @@ def load_model(options: HfOptions) -> PreTrainedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.dtype == "int8":
         check_int8(device)
-    if options.dtype in ("nf4", "bnb-int8") and find_spec("bitsandbytes") is None:
+    if options.dtype in BITSANDBYTES and find_spec("bitsandbytes") is None:
         raise ConfigError(f"QLOOP_HF_DTYPE={options.dtype} needs bitsandbytes: pip install 'qloop[bnb]'.")
     trust = options.trust_remote_code
     try:
@@ -106,22 +107,10 @@ def load_model(options: HfOptions) -> PreTrainedModel:
             f"The weights in {folder} lack {len(missing)} tensors of this architecture ({missing[0]}, …). "
             "The folder is incomplete or is not a causal language model; download it again."
         )
-    if options.dtype not in ("nf4", "bnb-int8"):
+    if options.dtype not in BITSANDBYTES:
         model.to(device)  # type: ignore[arg-type, unused-ignore]
     model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     return model
-
-
-def kv_shape(model: PreTrainedModel) -> KvShape:
-    config = model.config
-    num_heads = config.num_attention_heads
-    return KvShape(
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        dtype=model.dtype,
-        device=model.device,
-    )
 
 
 def _max_model_len(config: Any, options: HfOptions, max_cells: int) -> int:
