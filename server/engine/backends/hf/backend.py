@@ -266,7 +266,7 @@ class HfBackend:
     def _take_out(self, matches: Callable[[Sequence], bool]) -> list[Sequence]:
         """Free every sequence that matches, waiting or running; of a beam search all beams, and it counts once."""
         taken = self._scheduler.waiting.remove(matches)
-        for sequence in self._scheduler.matching(matches):
+        for sequence in [s for s in self._scheduler.running if matches(s)]:
             if not sequence.reservation:
                 self._scheduler.remove(sequence, keep=True)
             elif sequence.request.request_id not in self._beams:

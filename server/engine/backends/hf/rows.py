@@ -127,10 +127,6 @@ class KvRows:
             if row.key is not None and row.key.adapter == adapter:
                 self._free(row)
 
-    def forget_all(self) -> None:
-        for row in list(self._kept()):
-            self._free(row)
-
     # --- finding a prefix
 
     def _best_match(self, sequence: Sequence) -> _Match | None:

@@ -6,7 +6,6 @@ search holds all the cells it can come to need from the start, and is never sent
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 from server.engine.backends.hf.rows import KvRows
@@ -38,7 +37,6 @@ class Scheduler:
         self.waiting: WaitingQueue[Sequence] = WaitingQueue()
         self.running: list[Sequence] = []  # in order of priority and arrival
         self.num_preempted = 0
-        self._page = rows.page_cells
 
     def add(self, sequence: Sequence) -> None:
         sequence.arrival = self.waiting.push(sequence.request.priority, sequence)
@@ -63,9 +61,6 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
         self.rows.release(sequence, keep=keep)
-
-    def matching(self, matches: Callable[[Sequence], bool]) -> list[Sequence]:
-        return [sequence for sequence in self.running if matches(sequence)]
 
     def _grown(self) -> list[Sequence]:
         """The decoding sequences, each with a cell for its next token; those that find none go back to the queue."""
@@ -92,7 +87,7 @@ class Scheduler:
         head = self.waiting.peek()
         if head is None or self._must_wait(head):
             return None
-        spare = self._page * len(self.running)  # everyone who runs can go on for a while
+        spare = self.rows.page_cells * len(self.running)  # everyone who runs can go on for a while
         if not self.rows.admit([head, *head.other_beams], head.reservation, spare):
             return None
         self.waiting.pop()
