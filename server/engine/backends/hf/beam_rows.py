@@ -1,8 +1,10 @@
 """One beam search on the KV store: which row holds which beam. What a beam is worth is `beam.py`'s business."""
 
+import numpy as np
 from torch import Tensor
 
 from server.engine.backends.hf.beam import BeamSearch, UnusableLogits
+from server.engine.backends.hf.rows import common_prefix
 from server.engine.backends.hf.scheduler import Scheduler
 from server.engine.backends.hf.sequence import Sequence
 from server.engine.messages import FinishReason, SequenceOutput
@@ -47,7 +49,8 @@ class BeamRows:
                 continue
             heir = spare.pop()
             if heir.output:
-                shared = _shared(heir.output, source.output) + len(heir.prompt) + heir.num_virtual
+                same = common_prefix(np.array(heir.output, np.int64), np.array(source.output, np.int64))
+                shared = heir.num_virtual + len(heir.prompt) + same
             else:
                 shared = 0
                 scheduler.start(heir)
@@ -69,11 +72,3 @@ class BeamRows:
         output = SequenceOutput(self._first.request.request_id, index, tokens, len(tokens), reason, stop_id)
         output.error, output.num_cached_tokens = error, self._first.num_reused
         return output
-
-
-def _shared(left: list[int], right: list[int]) -> int:
-    """How many tokens both begin with."""
-    for place, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return place
-    return min(len(left), len(right))

@@ -135,7 +135,7 @@ class KvRows:
         wanted = np.array(sequence.tokens[:-1], np.int64)  # the last token must be computed: it gives the first logits
         best: _Match | None = None
         for row in self._candidates(sequence):
-            length = _common_prefix(wanted, row.tokens)
+            length = common_prefix(wanted, row.tokens)
             if row.owner is not None:
                 length = min(length, row.owner.num_cached - row.owner.num_virtual)
             if length >= SMALLEST_MATCH and (best is None or length > best.length):
@@ -226,7 +226,8 @@ def _key(sequence: Sequence) -> PrefixKey:
     return PrefixKey(sequence.request.adapter, sequence.request.cache_salt)
 
 
-def _common_prefix(left: Tokens, right: Tokens) -> int:
+def common_prefix(left: Tokens, right: Tokens) -> int:
+    """How many tokens both begin with."""
     length = min(len(left), len(right))
     differs = left[:length] != right[:length]
     return int(differs.argmax()) if differs.any() else length
