@@ -192,7 +192,7 @@ class HfBackend:
                 ready += [sequence] if sequence.output else [sequence, *self._scheduler.join(sequence)]
                 places += [end - 1] * (len(ready) - len(places))
         outputs = self._advance_beams(ready, places, logits) if self._beams else []
-        chosen = [i for i, sequence in enumerate(ready) if not sequence.reservation]
+        chosen = [i for i, sequence in enumerate(ready) if not sequence.is_beam]
         if [places[i] for i in chosen] != list(range(len(logits))):  # else nothing need be copied
             logits = logits[[places[i] for i in chosen]]
         return outputs + self._choose([ready[i] for i in chosen], logits)
@@ -252,7 +252,7 @@ class HfBackend:
         return_freed_memory()
         text = "The engine ran out of memory computing this request. Shorten it, or lower QLOOP_MAX_NUM_SEQS."
         failed = _failed(worst, text)
-        if worst.reservation:
+        if worst.is_beam:
             self._end_beams(worst.request.request_id)
         else:
             self._scheduler.remove(worst, keep=False)
@@ -267,7 +267,7 @@ class HfBackend:
         """Free every sequence that matches, waiting or running; of a beam search all beams, and it counts once."""
         taken = self._scheduler.waiting.remove(matches)
         for sequence in [s for s in self._scheduler.running if matches(s)]:
-            if not sequence.reservation:
+            if not sequence.is_beam:
                 self._scheduler.remove(sequence, keep=True)
             elif sequence.request.request_id not in self._beams:
                 continue  # went with an earlier beam

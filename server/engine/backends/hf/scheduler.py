@@ -111,7 +111,7 @@ class Scheduler:
         return any(s.request is head.request and s.num_todo > 1 and not s.output for s in self.running)
 
     def _preempt_last(self) -> None:
-        sequence = next(s for s in reversed(self.running) if not s.reservation)
+        sequence = next(s for s in reversed(self.running) if not s.is_beam)
         self.running.remove(sequence)
         self.rows.release(sequence, keep=False)
         sequence.num_cached = 0

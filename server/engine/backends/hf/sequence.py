@@ -63,9 +63,13 @@ class Sequence:
         return self.num_todo > 1 or not self.output
 
     @property
+    def is_beam(self) -> bool:
+        return self.params.num_beams > 1
+
+    @property
     def reservation(self) -> int:
         """KV cells that each beam holds from the start; 0 for what is not a beam."""
-        if self.params.num_beams == 1:
+        if not self.is_beam:
             return 0
         return self.num_virtual + len(self.prompt) + self.params.max_tokens
 
