@@ -1,4 +1,4 @@
-"""Services that many tests share: started once per test process, stopped with it."""
+"""Services and model folders that many tests share: made once per test process, gone with it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +19,22 @@ hypothesis.settings.load_profile("qloop")
 @pytest.fixture(scope="session")
 def fake_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_fake_model(tmp_path_factory.mktemp("fake") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2 with weights, for engines that compute. Copy it before you change it."""
+    from tests.server.engine.backends.folders import write_model  # torch: only where it is needed
+
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA on every linear map of that model; it visibly changes the text."""
+    from tests.server.engine.backends.folders import write_adapter
+
+    return write_adapter(tmp_path_factory.mktemp("adapter"), model_folder)
 
 
 @pytest.fixture(scope="session")

@@ -12,14 +12,7 @@ from server.engine.backends.fake import FakeBackend, FakeOptions
 from server.engine.backends.hf import HfBackend, HfOptions
 from server.engine.messages import EngineStats, FinishReason, ModelInfo
 from tests.server.engine.backends.driver import Text, Texts, adapter_info, ask, collect, finish, run, submit
-from tests.server.engine.backends.folders import (
-    ENDOFTEXT,
-    IM_END,
-    MAX_POSITIONS,
-    VOCAB_SIZE,
-    write_adapter,
-    write_model,
-)
+from tests.server.engine.backends.folders import ENDOFTEXT, IM_END, MAX_POSITIONS, VOCAB_SIZE
 
 MAX_NUM_SEQS = 4
 PROMPT = [10, 20, 30, 40, 50]
@@ -29,16 +22,6 @@ BUILDERS: dict[str, Callable[[Path], Backend]] = {
         HfOptions(folder, "tiny", kv_cache_gib=0.05, max_num_seqs=MAX_NUM_SEQS, prefill_chunk=64)
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def adapter_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_adapter(tmp_path_factory.mktemp("adapter"), model_folder)
 
 
 @pytest.fixture(scope="module", params=BUILDERS)

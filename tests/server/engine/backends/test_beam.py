@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +11,15 @@ from transformers import Qwen2ForCausalLM
 
 from server.engine.backends.hf.beam import BeamSearch, Hypothesis, UnusableLogits
 from server.engine.messages import FinishReason, SamplingParams
-from tests.server.engine.backends.folders import VOCAB_SIZE, load_reference, write_model
+from tests.server.engine.backends.folders import VOCAB_SIZE, load_reference
 
 PROMPTS = [[5, 60, 7], [(i * 31) % 250 for i in range(40)], [9, 9, 9, 9, 9, 9]]
 MAX_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Qwen2ForCausalLM:
-    return load_reference(write_model(tmp_path_factory.mktemp("model")))
+def model(model_folder: Path) -> Qwen2ForCausalLM:
+    return load_reference(model_folder)
 
 
 @torch.inference_mode()

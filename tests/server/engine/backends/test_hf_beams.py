@@ -18,8 +18,6 @@ from tests.server.engine.backends.folders import (
     assert_agrees,
     greedy_with_gaps,
     load_reference,
-    write_adapter,
-    write_model,
 )
 
 PROMPTS = [[7 * i % 251 for i in range(start, start + size)] for start, size in [(3, 3), (50, 17), (90, 40), (17, 70)]]
@@ -27,22 +25,12 @@ PROMPTS = [[7 * i % 251 for i in range(start, start + size)] for start, size in 
 USUAL = {"num_beams": 5, "no_repeat_ngram_size": 2, "early_stopping": True, "max_tokens": 40, "min_tokens": 1}
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_adapter(tmp_path_factory.mktemp("adapter"), model_folder)
-
-
 @pytest.fixture(scope="module", params=["auto", "generic"])
-def backend(model_folder: Path, adapter: Path, request: pytest.FixtureRequest) -> Iterator[HfBackend]:
+def backend(model_folder: Path, adapter_folder: Path, request: pytest.FixtureRequest) -> Iterator[HfBackend]:
     forward = cast(Literal["auto", "generic"], request.param)
     made = HfBackend(HfOptions(model_folder, "tiny", kv_cache_gib=0.05, forward=forward, max_num_seqs=12))
     made.load()
-    made.load_adapter(adapter_info("x"), adapter)
+    made.load_adapter(adapter_info("x"), adapter_folder)
     yield made
     made.close()
 
@@ -76,11 +64,11 @@ def generated(model_folder: Path, prompt: list[int], adapter: Path | None, stops
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: f"{len(prompt)} tokens")
 @pytest.mark.parametrize("user", [None, "x"])
 def test_the_usual_settings(
-    backend: HfBackend, model_folder: Path, adapter: Path, prompt: list[int], user: str | None
+    backend: HfBackend, model_folder: Path, adapter_folder: Path, prompt: list[int], user: str | None
 ) -> None:
     adapter_id = adapter_info(user).id if user else None
     texts = run(backend, ask(prompt, n=3, adapter=adapter_id, ignore_eos=True, **USUAL))
-    expected = generated(model_folder, prompt, adapter if user else None, [])
+    expected = generated(model_folder, prompt, adapter_folder if user else None, [])
     assert [texts["a", i].token_ids for i in range(3)] == expected
     assert {text.finish_reason for text in texts.values()} == {FinishReason.LENGTH}
 

@@ -11,21 +11,10 @@ from server.engine.backends.hf import HfBackend, HfOptions
 from server.engine.backends.hf.weights import pack
 from server.errors import ConfigError
 from tests.server.engine.backends.driver import adapter_info, ask, run
-from tests.server.engine.backends.folders import write_adapter, write_model
 
 PROMPT = [(11 * i) % 251 for i in range(60)]
 # How far logprobs may be off on average, in nat. The model is random: nothing in it is robust to rounding.
 TOLERANCE = {"bf16": 0.15, "fp16": 0.05, "int8": 0.6, "nf4": 4.0, "bnb-int8": 0.8}
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_adapter(tmp_path_factory.mktemp("adapter"), model_folder)
 
 
 def start(model_folder: Path, dtype: Any, **options: Any) -> HfBackend:
@@ -41,18 +30,18 @@ def prompt_logprobs(backend: HfBackend, **options: Any) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def exact(model_folder: Path, adapter: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def exact(model_folder: Path, adapter_folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     backend = start(model_folder, "fp32")
-    backend.load_adapter(adapter_info("x"), adapter)
+    backend.load_adapter(adapter_info("x"), adapter_folder)
     return prompt_logprobs(backend), prompt_logprobs(backend, adapter=adapter_info("x").id)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_nearly_what_float32_computes(
-    model_folder: Path, adapter: Path, exact: tuple[torch.Tensor, torch.Tensor], dtype: str
+    model_folder: Path, adapter_folder: Path, exact: tuple[torch.Tensor, torch.Tensor], dtype: str
 ) -> None:
     backend = start(model_folder, dtype)
-    backend.load_adapter(adapter_info("x"), adapter)
+    backend.load_adapter(adapter_info("x"), adapter_folder)
     base, adapted = prompt_logprobs(backend), prompt_logprobs(backend, adapter=adapter_info("x").id)
     assert (base - exact[0]).abs().mean() < TOLERANCE[dtype]
     # The adapter moves the model to where it moves the exact one, not to somewhere else.

@@ -17,11 +17,6 @@ from tests.server.engine.backends.driver import ask, run
 from tests.server.engine.backends.folders import IM_END, MAX_POSITIONS, write_model
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
 def edit_config(**changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / "config.json"
@@ -60,8 +55,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_bad_folder_is_a_config_error(fault: str, good: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(good, tmp_path / "copy")
+def test_bad_folder_is_a_config_error(fault: str, model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
     spoil, words = FAULTS[fault]
     spoil(folder)
     with pytest.raises(ConfigError) as caught:
@@ -90,12 +85,12 @@ def test_dtype(saved: torch.dtype, wanted: Any, runs: str, tmp_path: Path, caplo
     backend.close()
 
 
-def test_context_is_the_smallest_of_all_limits(good: Path) -> None:
+def test_context_is_the_smallest_of_all_limits(model_folder: Path) -> None:
     bytes_per_token = 2 * 2 * 2 * 16 * 4
     cases = [({}, MAX_POSITIONS), ({"max_model_len": 100}, 100), ({"max_model_len": 9}, 9)]
     cases.append(({"kv_cache_gib": 150 * bytes_per_token / 2**30}, 128))  # whole pages
     for options, expected in cases:
-        assert HfBackend(HfOptions(good, "tiny", **options)).load().max_model_len == expected
+        assert HfBackend(HfOptions(model_folder, "tiny", **options)).load().max_model_len == expected
 
 
 @pytest.mark.parametrize(
@@ -106,13 +101,15 @@ def test_context_is_the_smallest_of_all_limits(good: Path) -> None:
         ({"max_model_len": 9999}, "has 512 positions"),
     ],
 )
-def test_a_context_that_cannot_be_had_is_a_config_error(good: Path, options: dict[str, float], words: str) -> None:
+def test_a_context_that_cannot_be_had_is_a_config_error(
+    model_folder: Path, options: dict[str, float], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
-        HfBackend(HfOptions(good, "tiny", **options)).load()  # type: ignore[arg-type]
+        HfBackend(HfOptions(model_folder, "tiny", **options)).load()  # type: ignore[arg-type]
 
 
-def test_stop_ids_come_from_both_files(good: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(good, tmp_path / "copy")
+def test_stop_ids_come_from_both_files(model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "copy")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": IM_END}))
     edit_config(eos_token_id=[7, IM_END])(folder)
     assert HfBackend(HfOptions(folder, "tiny")).load().stop_token_ids == (IM_END, 7)

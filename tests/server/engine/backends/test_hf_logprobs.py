@@ -9,14 +9,9 @@ import torch
 from server.engine.backends.hf import HfBackend, HfOptions
 from server.engine.messages import TokenLogprobs
 from tests.server.engine.backends.driver import ask, run
-from tests.server.engine.backends.folders import load_reference, write_model
+from tests.server.engine.backends.folders import load_reference
 
 PROMPT = [(i * 31) % 250 for i in range(150)]  # more than two scoring chunks
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

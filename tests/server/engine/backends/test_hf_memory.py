@@ -16,17 +16,12 @@ from server.engine.backends.hf.rows import SMALLEST_MATCH, KvRows
 from server.engine.backends.hf.sequence import Sequence
 from server.engine.messages import FinishReason, Generate, SamplingParams
 from tests.server.engine.backends.driver import Texts, adapter_info, ask, collect, finish, run, submit
-from tests.server.engine.backends.folders import write_adapter, write_model
+from tests.server.engine.backends.folders import write_adapter
 
 PAGE = 64  # cells: head size 16 in float32
 BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, head size, float32
 MAX_CELLS = 10 * PAGE
 LONG = [(7 * i) % 251 for i in range(100)]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 def start(model_folder: Path, **options: object) -> HfBackend:

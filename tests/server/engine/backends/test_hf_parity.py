@@ -8,7 +8,7 @@ import pytest
 
 from server.engine.backends.hf import HfBackend, HfOptions
 from tests.server.engine.backends.driver import Texts, adapter_info, ask, collect, finish, run, submit
-from tests.server.engine.backends.folders import ALL_LINEAR, assert_agrees, greedy_with_gaps, write_adapter, write_model
+from tests.server.engine.backends.folders import ALL_LINEAR, assert_agrees, greedy_with_gaps, write_adapter
 
 NUM_TOKENS = 40
 PROMPTS = [[7 * i % 251 for i in range(start, start + size)] for start, size in
@@ -17,11 +17,6 @@ ADAPTERS = {
     "big": {"seed": 2, "r": 8, "lora_alpha": 16, "target_modules": ALL_LINEAR},
     "small": {"seed": 3, "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
 }
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from server.engine.backends.hf.adapter_files import AdapterWeights, ModelShape, 
 from server.engine.backends.hf.adapters import LoadedAdapters
 from server.engine.backends.hf.projection import Ia3Vector, LoraMatrices, Projection, SlotMap
 from tests.server.engine.backends.families import FAMILIES, load
-from tests.server.engine.backends.folders import load_reference, write_model
+from tests.server.engine.backends.folders import load_reference
 from tests.server.engine.backends.folders import write_adapter as write_lora
 from tests.server.engine.backends.peft_adapters import load_adapted, write_adapter
 
@@ -55,11 +55,6 @@ def wrap(model: Any) -> Wrapped:
         projections[name] = Projection(base, {name: slice(0, num_outputs)}, num_inputs, slot_map, shape.dtype, CPU)
         model.set_submodule(name, projections[name])
     return Wrapped(model, shape, slot_map, LoadedAdapters(projections))
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
