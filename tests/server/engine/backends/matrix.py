@@ -12,7 +12,7 @@ import platform
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -98,6 +98,19 @@ class Subject:
             backend.close()
         finally:
             gc.unfreeze()
+
+
+FindSubject = Callable[[str], Subject]
+
+
+def finder(new_folder: Callable[[str], Path], methods: Sequence[str] = tuple(METHODS)) -> FindSubject:
+    """Subjects by their family's name, each built once, when it is first asked for."""
+
+    @functools.cache
+    def find(name: str) -> Subject:
+        return Subject(FAMILIES[name], new_folder("family"), methods)
+
+    return find
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Every family's greedy text against stock `generate`, whatever the batch around it does."""
 
 import json
-from collections.abc import Callable
 
 import pytest
 
@@ -15,28 +14,21 @@ from tests.server.engine.backends.matrix import (
     PROMPTS,
     RESULTS,
     VARIANTS,
-    Subject,
+    FindSubject,
     base_alone,
     base_moving,
+    finder,
     reuses_prefixes,
     second_turn,
 )
 
 OUR_FORWARD = ("qwen2", "qwen3", "llama", "mistral")  # what the backend computes without the model's own code
-FindSubject = Callable[[str], Subject]
 
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> FindSubject:
-    """Families by name, without adapters, each built once."""
-    built: dict[str, Subject] = {}
-
-    def find(name: str) -> Subject:
-        if name not in built:
-            built[name] = Subject(FAMILIES[name], tmp_path_factory.mktemp("family"), methods=())
-        return built[name]
-
-    return find
+    """Families by name, without adapters."""
+    return finder(tmp_path_factory.mktemp, methods=())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

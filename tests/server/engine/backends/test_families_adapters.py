@@ -1,7 +1,6 @@
 """Every adapter method of every family against PEFT one by one: each sequence with its own, all in one batch."""
 
 import json
-from collections.abc import Callable
 
 import pytest
 
@@ -11,28 +10,21 @@ from tests.server.engine.backends.matrix import (
     PROMPTS,
     RESULTS,
     VARIANTS,
+    FindSubject,
     Subject,
     every_method,
+    finder,
     reuses_prefixes,
     second_turn,
     two_loras_and_base,
 )
 from tests.server.engine.backends.peft_adapters import METHODS
 
-FindSubject = Callable[[str], Subject]
-
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> FindSubject:
-    """Families by name, with all their adapters, each built once."""
-    built: dict[str, Subject] = {}
-
-    def find(name: str) -> Subject:
-        if name not in built:
-            built[name] = Subject(FAMILIES[name], tmp_path_factory.mktemp("family"))
-        return built[name]
-
-    return find
+    """Families by name, with all their adapters."""
+    return finder(tmp_path_factory.mktemp)
 
 
 def assert_adapters_matter(subject: Subject) -> None:
