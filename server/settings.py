@@ -66,6 +66,11 @@ class Settings(BaseModel):
         description="Forward pass of the hf backend: auto (our own where the architecture is known), or generic (the "
         "model's own code).",
     )
+    hf_kernels: Literal["auto", "off"] = Field(
+        "auto",
+        description="Our own matrix kernels in the hf backend: auto (compiled by gcc at the first start, where the CPU "
+        "has AMX), or off.",
+    )
     prefix_cache: bool = Field(
         True, description="Keep the keys and values of prompts for later ones that begin the same (hf backend)."
     )

@@ -42,5 +42,6 @@ def create_backend(settings: Settings) -> Backend:
             trust_remote_code=settings.trust_remote_code,
             num_threads=settings.num_threads,
             hash_cache_path=home.hash_cache,
+            kernel_cache=home.cache if settings.hf_kernels == "auto" else None,
         )
     )

@@ -28,6 +28,10 @@ class Part:
     slot: int = -1  # adapter
     wants_all: bool = False  # logits after every token, not only after the last
 
+    @property
+    def cells(self) -> range:
+        return range(self.start, self.start + len(self.token_ids))
+
 
 @dataclass
 class _Job:
@@ -40,14 +44,11 @@ class _Job:
     length: int
     positions: Tensor  # [queries]
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _bias: Tensor | None = None
 
     @property
     def is_decode(self) -> bool:
-        return self.end - self.first == self.num_rows
-
-    @property
-    def num_rows(self) -> int:
-        return int(self.rows.stop - self.rows.start)
+        return self.end - self.first == len(range(self.rows.start, self.rows.stop))
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """0 for what a query sees, -inf for the rest: `[queries, length]`. Made once, used by all layers."""
@@ -59,8 +60,11 @@ class _Job:
         return self._masks[window]
 
     def bias(self, slopes: Tensor, dtype: torch.dtype) -> Tensor:
-        """The mask with ALiBi's distances in it, `[heads, queries, length]`."""
-        return (slopes.float()[:, None, None] * self._distance() + self.mask(None, torch.float32)).to(dtype)
+        """The mask with ALiBi's distances in it, `[heads, queries, length]`; all layers have the same slopes."""
+        if self._bias is None:
+            distances = slopes.float()[:, None, None] * self._distance()
+            self._bias = (distances + self.mask(None, torch.float32)).to(dtype)
+        return self._bias
 
     def _distance(self) -> Tensor:
         """Cell minus query position, `[queries, length]`."""
@@ -76,40 +80,35 @@ class Batch:
         self.parts = [parts[i] for i in self.order]
         self.store = store
         device = store.shape.device
-        counts = [len(part.token_ids) for part in self.parts]
-        starts = torch.tensor([part.start for part in self.parts], device=device)
-        ends = torch.tensor(counts, device=device).cumsum(0)
         self.token_ids = torch.tensor([token for part in self.parts for token in part.token_ids], device=device)
-        repeats = torch.tensor(counts, device=device)
-        within = torch.arange(len(self.token_ids), device=device) - (ends - repeats).repeat_interleave(repeats)
-        self.positions = starts.repeat_interleave(repeats) + within
-        self.rows = torch.tensor([part.row for part in self.parts], device=device).repeat_interleave(repeats)
-        self.slots = [part.slot for part, count in zip(self.parts, counts, strict=True) for _ in range(count)]
+        self.positions = torch.tensor([place for part in self.parts for place in part.cells], device=device)
+        self.rows = torch.tensor([part.row for part in self.parts for _ in part.token_ids], device=device)
+        self.slots = [part.slot for part in self.parts for _ in part.token_ids]
         wanted = _wanted(self.parts)
         self.wanted = torch.tensor(wanted, device=device)
         self.wanted_slots = [self.slots[index] for index in wanted]
         self._jobs = self._decode_jobs(len(singles)) + self._chunk_jobs(len(singles))
 
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store the tokens' `keys` and `values` (`[T, kv_heads, head_dim]`) in their cells."""
+        self.store.write(layer, self.rows, self.positions, keys, values)
+
     def attend(
         self,
         layer: int,
         queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
         *,
         scale: float | None = None,
         window: int | None = None,
         slopes: Tensor | None = None,
     ) -> Tensor:
-        """Store `keys` and `values` (`[T, kv_heads, head_dim]`) and attend with `queries` (`[T, heads, head_dim]`).
+        """Attend with `queries` (`[T, heads, head_dim]`) to cells that hold these tokens' keys and values already.
 
         A query sees its own row's cells up to its own, at most the last `window` of them. `slopes` (`[heads]`) are
         ALiBi's, https://arxiv.org/abs/2108.12409.
         """
-        self.store.write(layer, self.rows, self.positions, keys, values)
-        return torch.cat(
-            [self._run(job, layer, queries[job.first : job.end], scale, window, slopes) for job in self._jobs]
-        )
+        outs = [self._run(job, layer, queries[job.first : job.end], scale, window, slopes) for job in self._jobs]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _run(
         self, job: _Job, layer: int, queries: Tensor, scale: float | None, window: int | None, slopes: Tensor | None

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
 from transformers import PreTrainedModel
 
-from server.engine.backends.hf.adapter_files import ModelShape
+from server.engine.backends.hf.arithmetic import Arithmetic, Heads, TorchArithmetic
 from server.engine.backends.hf.batch import Batch
 from server.engine.backends.hf.kv_store import KvShape
+from server.engine.backends.hf.native import Kernels
 from server.engine.backends.hf.probe import PROBE_TOKENS
 from server.engine.backends.hf.projection import Projection, SlotMap
 from server.engine.backends.hf.weights import Linear, pack
@@ -33,8 +33,7 @@ def can_run_fast(config: Any) -> bool:
 class _Layer:
     norm: Tensor
     qkv: Projection
-    query_norm: Tensor | None
-    key_norm: Tensor | None
+    heads: Heads
     out: Projection
     mlp_norm: Tensor
     gate_up: Projection
@@ -43,21 +42,25 @@ class _Layer:
 
 
 class FastNetwork:
-    """Implements `Network`."""
+    """Implements `Network`. `kernels` are used where the model's sizes suit them."""
 
-    def __init__(self, model: PreTrainedModel, shape: KvShape, modules: ModelShape, dtype: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, shape: KvShape, max_len: int, dtype: str, kernels: Kernels | None
+    ) -> None:
         config: Any = model.config
         self.shape = shape
         self._slots = SlotMap()
         self._wanted_slots = SlotMap()  # the head only sees the tokens whose logits are wanted
         self.projections: dict[str, Projection] = {}
-        self._modules = modules
         self._dtype = dtype
-        self._eps = config.rms_norm_eps
-        self._heads = config.num_attention_heads
+        self._kernels = kernels
+        suits = kernels is not None and kernels.suits(shape, config.hidden_size, config.intermediate_size)
+        self._arithmetic: Arithmetic = kernels if kernels is not None and suits else TorchArithmetic()
+        self._eps: float = config.rms_norm_eps
+        self._heads: int = config.num_attention_heads
         decoder: Any = model.model
         self._embedding: Tensor = decoder.embed_tokens.weight
-        self._cos, self._sin = _rotary_table(decoder.rotary_emb, max(modules.max_len, PROBE_TOKENS), shape)
+        self._cos, self._sin = _rotary_table(decoder.rotary_emb, max(max_len, PROBE_TOKENS), shape)
         self._layers = []
         for index in range(len(decoder.layers)):
             self._layers.append(self._take(decoder.layers[index], f"model.layers.{index}"))
@@ -66,37 +69,28 @@ class FastNetwork:
         self._head = self._project(model, ["lm_head"], slots=self._wanted_slots)
 
     def forward(self, batch: Batch) -> Tensor:
-        hidden = self._decode(self._embedding[batch.token_ids], batch)
+        hidden, delta = self._decode(self._embedding[batch.token_ids], batch)
         self._wanted_slots.set(batch.wanted_slots, self.shape.device)
-        logits: Tensor = self._head(rms_norm(hidden[batch.wanted], self._norm.shape, self._norm, self._eps))
+        normed = self._arithmetic.add_and_norm(hidden[batch.wanted], delta[batch.wanted], self._norm, self._eps)
+        logits: Tensor = self._head(normed)
         return logits
 
     def embed_virtual(self, embeddings: Tensor, batch: Batch) -> None:
-        self._decode(embeddings.to(self._embedding.dtype), batch)
+        self._decode(embeddings.to(self._embedding.dtype, copy=True), batch)
 
-    def _decode(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """`[T, hidden]` through all layers."""
+    def _decode(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`[T, hidden]` through all layers, in place; the sum of what is returned is the last layer's output."""
         self._slots.set(batch.slots, self.shape.device)
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        compute, delta = self._arithmetic, None
         for index, layer in enumerate(self._layers):
-            normed = rms_norm(hidden, layer.norm.shape, layer.norm, self._eps)
-            hidden = hidden + layer.out(self._attend(index, layer, normed, batch, cos, sin))
-            normed = rms_norm(hidden, layer.mlp_norm.shape, layer.mlp_norm, self._eps)
-            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            hidden = hidden + layer.down(silu(gate).mul_(up))
-        return hidden
-
-    def _attend(self, index: int, layer: _Layer, x: Tensor, batch: Batch, cos: Tensor, sin: Tensor) -> Tensor:
-        num_kv, size = self.shape.num_kv_heads, self.shape.head_dim
-        heads = layer.qkv(x).view(len(x), self._heads + 2 * num_kv, size)
-        turned, values = torch.split(heads, [self._heads + num_kv, num_kv], dim=1)
-        if layer.query_norm is not None and layer.key_norm is not None:
-            queries, keys = torch.split(turned, [self._heads, num_kv], dim=1)
-            queries = rms_norm(queries, (size,), layer.query_norm, self._eps)
-            turned = torch.cat([queries, rms_norm(keys, (size,), layer.key_norm, self._eps)], dim=1)
-        turned = _rotate(turned, cos, sin)
-        queries, keys = torch.split(turned, [self._heads, num_kv], dim=1)
-        return batch.attend(index, queries, keys, values, window=layer.window).flatten(1)
+            normed = compute.add_and_norm(hidden, delta, layer.norm, self._eps)
+            queries = compute.turn_and_store(layer.qkv(normed), layer.heads, cos, sin, index, batch)
+            delta = layer.out(batch.attend(index, queries, window=layer.window).flatten(1))
+            normed = compute.add_and_norm(hidden, delta, layer.mlp_norm, self._eps)
+            delta = layer.down(compute.silu_and_multiply(layer.gate_up(normed)))
+        assert delta is not None
+        return hidden, delta
 
     def _take(self, layer: Any, name: str) -> _Layer:
         attention = layer.self_attn
@@ -104,8 +98,14 @@ class FastNetwork:
         return _Layer(
             norm=layer.input_layernorm.weight,
             qkv=self._project(layer, [f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj")], name),
-            query_norm=None if query_norm is None else query_norm.weight,
-            key_norm=None if key_norm is None else key_norm.weight,
+            heads=Heads(
+                heads=self._heads,
+                kv_heads=self.shape.num_kv_heads,
+                size=self.shape.head_dim,
+                query_norm=None if query_norm is None else query_norm.weight,
+                key_norm=None if key_norm is None else key_norm.weight,
+                epsilon=self._eps,
+            ),
             out=self._project(layer, ["self_attn.o_proj"], name),
             mlp_norm=layer.post_attention_layernorm.weight,
             gate_up=self._project(layer, ["mlp.gate_proj", "mlp.up_proj"], name),
@@ -126,7 +126,8 @@ class FastNetwork:
                 ]
             )
         weights = [linear.weight for linear in linears]
-        packed: Linear = pack(weights[0] if len(weights) == 1 else torch.cat(weights), bias, self._dtype)
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        packed: Linear = pack(weight, bias, self._dtype, self._kernels)
         parts, end = {}, 0
         for name, linear in zip(names, linears, strict=True):
             start, end = end, end + linear.out_features
@@ -146,11 +147,6 @@ def _rotary_table(rotary: Any, length: int, shape: KvShape) -> tuple[Tensor, Ten
     half = shape.head_dim // 2
     sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
     return cos[0][:, None].clone(), sin[0][:, None].clone()
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (https://arxiv.org/abs/2104.09864) on `[T, heads, head_dim]`."""
-    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def _window(attention: Any) -> int | None:

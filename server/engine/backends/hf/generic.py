@@ -77,14 +77,10 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: `[1, heads, T, head_dim]` in, `[1, T, heads, head_dim]` out."""
-    out = module.qloop_network.batch.attend(
-        module.layer_idx,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        scale=options.get("scaling"),
-        window=options.get("sliding_window"),
-    )
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    batch, layer = module.qloop_network.batch, module.layer_idx
+    batch.write(layer, key, value)
+    out = batch.attend(layer, query, scale=options.get("scaling"), window=options.get("sliding_window"))
     return out[None], None
 
 
@@ -94,7 +90,8 @@ def _bloom_attention(
     """Bloom's attention does not go through the interface, and has ALiBi."""
     query, key, value = (part[0].transpose(0, 1) for part in self._reshape(self.query_key_value(hidden_states)))
     batch, slopes = self.qloop_network.batch, self.qloop_slopes
-    out = batch.attend(self.layer_idx, query, key, value, scale=self.inv_norm_factor, slopes=slopes)
+    batch.write(self.layer_idx, key, value)
+    out = batch.attend(self.layer_idx, query, scale=self.inv_norm_factor, slopes=slopes)
     return self.dense(out.reshape(1, len(out), -1)) + residual, None
 
 

@@ -19,6 +19,7 @@ from server.engine.backends.hf.fast import FastNetwork, can_run_fast
 from server.engine.backends.hf.generic import GenericNetwork
 from server.engine.backends.hf.kv_store import KvShape, is_lazy, kv_shape
 from server.engine.backends.hf.memory import return_freed_memory
+from server.engine.backends.hf.native import load_kernels
 from server.engine.backends.hf.network import Network
 from server.engine.backends.hf.options import HfOptions
 from server.engine.backends.hf.probe import reference_logits
@@ -60,7 +61,9 @@ def load_network(options: HfOptions) -> Loaded:
     modules = model_shape(model, max_len)
     network: Network
     if options.forward == "auto" and options.dtype not in BITSANDBYTES and can_run_fast(model.config):
-        network = FastNetwork(model, shape, modules, options.dtype)
+        is_bf16_cpu = shape.dtype == torch.bfloat16 and shape.device.type == "cpu"
+        kernels = load_kernels(options.kernel_cache) if options.kernel_cache and is_bf16_cpu else None
+        network = FastNetwork(model, shape, max_len, options.dtype, kernels)
     elif options.dtype == "int8":
         raise ConfigError(
             f"QLOOP_HF_DTYPE=int8 is not there for {model.config.model_type} models. Use bf16, or bnb-int8 or nf4."

@@ -20,4 +20,5 @@ class HfOptions:
     trust_remote_code: bool = False
     num_threads: int | None = None  # None: torch's choice
     hash_cache_path: Path | None = None  # remembers the weights' hash between starts
+    kernel_cache: Path | None = None  # folder of our own compiled kernels; None: they are not used
     prefill_chunk: int = 512  # most prompt tokens computed in one step

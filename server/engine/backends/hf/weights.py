@@ -1,8 +1,8 @@
 """Linear maps of the fast path: weights packed once for the machine, originals dropped.
 
-On CPUs with bf16 matrix instructions oneDNN reorders a weight at every call unless it is given in its own layout:
-packed, a single token costs a third less. int8 keeps weights and activations in 8 bits with one scale a row, so that a
-sequence's numbers do not depend on its batch mates.
+On CPUs with AMX our own kernels read the weights (`native.py`); elsewhere oneDNN, which reorders a bf16 weight at every
+call unless it is given in its own layout. int8 keeps weights and activations in 8 bits with one scale for each output
+and each token, so that a sequence's numbers do not depend on its batch mates.
 """
 
 from collections.abc import Callable
@@ -10,21 +10,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from server.engine.backends.hf.native import Kernels
 from server.errors import ConfigError
 
 Linear = Callable[[Tensor], Tensor]
 INT8_LEVELS = 127
+INT8_ZERO = 128  # oneDNN's 8-bit activations are unsigned
 INT8_CAPABILITIES = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
-def pack(weight: Tensor, bias: Tensor | None, dtype: str) -> Linear:
+def pack(weight: Tensor, bias: Tensor | None, dtype: str, kernels: Kernels | None) -> Linear:
     """A function `[T, in] -> [T, out]` of `weight` (`[out, in]`)."""
     if dtype == "int8":
-        return _Int8Linear(weight, bias)
+        return _int8(weight, bias, kernels)
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return _PlainLinear(weight, bias)
+    if kernels is not None and kernels.can_pack(weight):
+        return _NativeLinear(weight, bias, kernels)
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and has_onednn:
-        return _PackedLinear(weight, bias)
-    return _PlainLinear(weight, bias)
+    return _PackedLinear(weight, bias) if has_onednn else _PlainLinear(weight, bias)
 
 
 def check_int8(device: torch.device) -> None:
@@ -35,6 +39,16 @@ def check_int8(device: torch.device) -> None:
             "QLOOP_HF_DTYPE=int8 needs a CPU with 8-bit matrix instructions (AVX-VNNI, AVX512-VNNI or AMX). "
             "Use bf16, or nf4 to save memory."
         )
+
+
+def _int8(weight: Tensor, bias: Tensor | None, kernels: Kernels | None) -> Linear:
+    """Symmetric weights, one scale for each output."""
+    scales = weight.abs().amax(1).float().clamp_min(torch.finfo(torch.float32).tiny) / INT8_LEVELS
+    quantized = (weight.float() / scales[:, None]).round_().to(torch.int8)
+    bias = None if bias is None else bias.float()
+    if kernels is not None and weight.dtype == torch.bfloat16 and kernels.can_pack(quantized):
+        return _NativeInt8Linear(quantized, scales, bias, kernels)
+    return _Int8Linear(quantized, scales, bias)
 
 
 class _PlainLinear:
@@ -56,22 +70,42 @@ class _PackedLinear:
         return y
 
 
-class _Int8Linear:
-    """Symmetric int8 weights per output, uint8 activations around 128 per token."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        scale = weight.abs().amax(1).float().clamp_min(torch.finfo(torch.float32).tiny) / INT8_LEVELS
-        quantized = (weight.float() / scale[:, None]).round_().to(torch.int8)
-        self._weight = torch.ops.onednn.qlinear_prepack(quantized, [1, weight.shape[1]])
-        self._scale = scale
-        self._zero = torch.zeros(weight.shape[0], dtype=torch.int32)
+class _NativeLinear:
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._num_outputs = len(weight)
+        self._weight = kernels.pack(weight)
         self._bias = None if bias is None else bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self._kernels.linear_bf16(x, self._weight, self._bias, self._num_outputs)
+
+
+class _Int8Linear:
+    """oneDNN's: uint8 activations around 128, a scale for each token."""
+
+    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        self._weight = torch.ops.onednn.qlinear_prepack(weight, [1, weight.shape[1]])
+        self._scales = scales
+        self._zero = torch.zeros(weight.shape[0], dtype=torch.int32)
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
         row_scale = x.abs().amax(-1, keepdim=True).float().clamp_min_(torch.finfo(torch.float32).tiny) / INT8_LEVELS
-        x_uint8 = (x / row_scale).round_().add_(INT8_LEVELS + 1).to(torch.uint8)
+        x_uint8 = (x / row_scale).round_().add_(INT8_ZERO).to(torch.uint8)
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            x_uint8, 1.0, 128, self._weight, self._scale, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
+            x_uint8, 1.0, INT8_ZERO, self._weight, self._scales, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
         y = y.mul_(row_scale)
         return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
+
+
+class _NativeInt8Linear:
+    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._weight = kernels.pack(weight)
+        self._scales = scales
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._kernels.linear_int8(x, self._weight, self._scales, self._bias)

@@ -53,7 +53,7 @@ def test_nearly_what_float32_computes(
 
 def test_int8_numbers_of_a_token_do_not_depend_on_its_batch_mates() -> None:
     torch.manual_seed(0)
-    linear = pack(torch.randn(48, 64), torch.randn(48), "int8")
+    linear = pack(torch.randn(48, 64), torch.randn(48), "int8", None)
     x = torch.randn(9, 64) * torch.logspace(-3, 3, 9)[:, None]
     together = linear(x)
     alone = torch.cat([linear(row[None]) for row in x])
