@@ -1,6 +1,7 @@
 """The compiled kernels: their numbers against float64, their independence of batch mates, and life without them."""
 
 import logging
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.server.engine.backends.folders import write_adapter, write_model
 
 has_amx = all(torch.cpu.get_capabilities().get(name) for name in native.NEEDED)
 needs_amx = pytest.mark.skipif(not has_amx, reason="this CPU has no AMX")
+needs_kernels = pytest.mark.skipif(not (has_amx and shutil.which("gcc")), reason="no AMX here, or no gcc")
 TOKENS = (1, 2, 15, 16, 17, 31, 32, 33, 64, 100, 255, 256, 257, 300)
 BF16 = 2.0**-8  # half the distance between neighbours, relative
 
@@ -41,7 +43,7 @@ def bf16(*sizes: int) -> Tensor:
 # --- linear maps ---
 
 
-@needs_amx
+@needs_kernels
 @pytest.mark.parametrize(("outputs", "inputs"), [(32, 32), (96, 160), (128, 896)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear_bf16(kernels: Kernels, outputs: int, inputs: int, has_bias: bool) -> None:
@@ -54,7 +56,7 @@ def test_linear_bf16(kernels: Kernels, outputs: int, inputs: int, has_bias: bool
         assert_close(kernels.linear_bf16(x, packed, bias, outputs), exact, absolute=0.02)
 
 
-@needs_amx
+@needs_kernels
 @pytest.mark.parametrize(("outputs", "inputs"), [(32, 64), (96, 192), (128, 896)])
 def test_linear_int8_is_exact_integer_arithmetic(kernels: Kernels, outputs: int, inputs: int) -> None:
     torch.manual_seed(0)
@@ -71,7 +73,7 @@ def test_linear_int8_is_exact_integer_arithmetic(kernels: Kernels, outputs: int,
         assert_close(found, exact)
 
 
-@needs_amx
+@needs_kernels
 def test_linear_int8_rounds_activations_to_the_nearest(kernels: Kernels) -> None:
     x = (torch.arange(64) - 20.3).bfloat16()[None]
     step = float(x.abs().max()) / 127
@@ -80,7 +82,7 @@ def test_linear_int8_rounds_activations_to_the_nearest(kernels: Kernels) -> None
     assert ((found - x).abs() <= 0.51 * step + 2 * BF16 * x.abs()).all()
 
 
-@needs_amx
+@needs_kernels
 @pytest.mark.parametrize("is_int8", [False, True])
 def test_a_token_does_not_depend_on_its_batch_mates(kernels: Kernels, is_int8: bool) -> None:
     torch.manual_seed(0)
@@ -101,7 +103,7 @@ def test_a_token_does_not_depend_on_its_batch_mates(kernels: Kernels, is_int8: b
     assert torch.equal(found[others], alone[others])
 
 
-@needs_amx
+@needs_kernels
 def test_zeros_stay_zeros_in_int8(kernels: Kernels) -> None:
     packed = kernels.pack(torch.ones(32, 64, dtype=torch.int8))
     assert kernels.linear_int8(torch.zeros(2, 64).bfloat16(), packed, torch.ones(32), None).eq(0).all()
@@ -117,7 +119,7 @@ def test_which_weights_fit_the_tiles() -> None:
 # --- between them ---
 
 
-@needs_amx
+@needs_kernels
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 def test_add_and_norm(kernels: Kernels, tokens: int) -> None:
     torch.manual_seed(0)
@@ -130,7 +132,7 @@ def test_add_and_norm(kernels: Kernels, tokens: int) -> None:
     assert torch.equal(hidden, added)
 
 
-@needs_amx
+@needs_kernels
 def test_silu_and_multiply_over_the_whole_range(kernels: Kernels) -> None:
     gate = torch.cat([torch.linspace(-120, 120, 4080), torch.tensor([0.0, -0.0, 1e30, -1e30, torch.inf, 3e-39])])
     gate = torch.cat([gate, torch.zeros(-len(gate) % 16)]).bfloat16()
@@ -143,7 +145,7 @@ def test_silu_and_multiply_over_the_whole_range(kernels: Kernels) -> None:
     assert nan.isnan().all()
 
 
-@needs_amx
+@needs_kernels
 @pytest.mark.parametrize("is_normed", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 32), (3, 3, 64), (7, 1, 128)])
 def test_turn_and_store(kernels: Kernels, heads: int, kv_heads: int, size: int, is_normed: bool) -> None:
@@ -176,7 +178,7 @@ def logprobs(backend: HfBackend, **options: Any) -> Tensor:
     return torch.tensor([entry.logprob for entry in text.prompt_logprobs if entry is not None])
 
 
-@needs_amx
+@needs_kernels
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_a_backend_with_kernels_is_as_exact_as_one_without(tmp_path: Path, dtype: Any) -> None:
     """Sizes that all kernels take: one that is wrong anywhere shows in every logprob."""
@@ -200,7 +202,7 @@ def test_a_backend_with_kernels_is_as_exact_as_one_without(tmp_path: Path, dtype
         assert 0 < with_kernels < 1.5 * without + 0.02
 
 
-@needs_amx
+@needs_kernels
 def test_a_greedy_text_is_the_same_alone_and_in_any_batch(tmp_path: Path) -> None:
     """Stronger than what bf16 promises elsewhere: no kernel mixes tokens, so batch mates change no rounding."""
     folder = write_model(tmp_path / "model", vocab_size=288, hidden_size=128, intermediate_size=256)
@@ -218,7 +220,7 @@ def test_a_greedy_text_is_the_same_alone_and_in_any_batch(tmp_path: Path) -> Non
 # --- getting them ---
 
 
-@needs_amx
+@needs_kernels
 def test_they_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_kernels(tmp_path / "cache") is not None
     (made,) = (tmp_path / "cache").iterdir()
