@@ -58,7 +58,7 @@ class HfBackend:
         self._scratch_row = loaded.num_rows
         check_network(network, self._store, loaded.expected_logits, self._scratch_row, options.dtype == "int8")
         budget = measured_budget(network, self._store, self._scratch_row, options.prefill_chunk, loaded.max_model_len)
-        log.info("prompt tokens per step: %d, while others stream: %d (half at %d cells)", *budget)
+        log.info("prompt tokens per step: %d; while others stream: %d, or %d for few (half at %d cells)", *budget)
         self._network, self._modules = network, loaded.modules
         self._adapters = LoadedAdapters(network.projections)
         self._rows = KvRows(self._store, loaded.num_rows, loaded.max_cells, options.max_num_seqs, options.prefix_cache)

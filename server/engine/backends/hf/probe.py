@@ -23,7 +23,7 @@ LEAST_CORRELATION = 0.98
 LEAST_CORRELATION_INT8 = 0.9
 IDLE_S = 0.5  # how long a step may take for prompts alone: leaving callers are noticed between steps
 BUSY_S = 0.25  # and while others stream,
-BUSY_RATIO = 2.4  # who notice a step that takes so many times as long as one without a prompt
+BUSY_RATIO = 2.4  # who notice a step that takes so many times as long as one without a prompt; see Budget.crowd
 DECODE_TOKENS = 8
 FAR_START, FAR_TOKENS, LEAST_FAR = 2048, 64, 256
 SMALLEST_BUDGET = 16
@@ -71,16 +71,17 @@ def measured_budget(network: Network, store: KvStore, row: int, most: int, max_l
     Measured once: budgets that followed the clock would change rounding from run to run, and with it texts.
     """
     decode = _seconds(network, store, row, DECODE_TOKENS)
-    idle = busy = count = min(SMALLEST_BUDGET, most)
+    idle = crowd = busy = count = min(SMALLEST_BUDGET, most)
     while count <= min(most, max_len // 2):
         seconds = _seconds(network, store, row, count)
         if seconds > IDLE_S:
             break
         idle = count
+        crowd = count if seconds <= BUSY_S else crowd
         busy = count if seconds <= min(BUSY_RATIO * decode, BUSY_S) else busy
         count *= 2
     store.trim(row, 0, store.capacity)
-    return Budget(idle, busy, _far(network, store, row, decode, max_len))
+    return Budget(idle, crowd, busy, _far(network, store, row, decode, max_len))
 
 
 def _far(network: Network, store: KvStore, row: int, decode: float, max_len: int) -> int:

@@ -26,6 +26,7 @@ class Budget(NamedTuple):
     """Prompt tokens a step may compute, where a token that looks back over `far` cells counts double."""
 
     idle: int  # while nobody waits for their next token
+    crowd: int  # while more sequences wait for their first token than for their next
     busy: int  # while others stream
     far: int
 
@@ -44,7 +45,7 @@ class Scheduler:
     def plan(self) -> list[Chunk]:
         """What the next step computes: one token of every decoding sequence, then prompts within the budget."""
         chunks = [Chunk(sequence, 1) for sequence in self._grown()]
-        budget = self.budget.busy if chunks else self.budget.idle
+        budget = self._prompt_tokens(num_streaming=len(chunks))
         for sequence in [s for s in self.running if s.is_prefilling]:
             budget -= self._read(sequence, budget, chunks)
         while budget > 0 and (joining := self._admit_head()) is not None:
@@ -61,6 +62,13 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
         self.rows.release(sequence, keep=keep)
+
+    def _prompt_tokens(self, num_streaming: int) -> int:
+        """How many tokens of prompts the next step may compute: the majority is served first."""
+        if num_streaming == 0:
+            return self.budget.idle
+        num_starting = len(self.waiting) + sum(s.is_prefilling for s in self.running)
+        return self.budget.crowd if num_starting > num_streaming else self.budget.busy
 
     def _grown(self) -> list[Sequence]:
         """The decoding sequences, each with a cell for its next token; those that find none go back to the queue."""
