@@ -48,7 +48,7 @@ class _Job:
 
     @property
     def is_decode(self) -> bool:
-        return self.end - self.first == len(range(self.rows.start, self.rows.stop))
+        return bool(self.end - self.first == self.rows.stop - self.rows.start)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """0 for what a query sees, -inf for the rest: `[queries, length]`. Made once, used by all layers."""

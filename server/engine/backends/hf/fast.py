@@ -54,8 +54,9 @@ class FastNetwork:
         self.projections: dict[str, Projection] = {}
         self._dtype = dtype
         self._kernels = kernels
-        suits = kernels is not None and kernels.suits(shape, config.hidden_size, config.intermediate_size)
-        self._arithmetic: Arithmetic = kernels if kernels is not None and suits else TorchArithmetic()
+        self._arithmetic: Arithmetic = TorchArithmetic()
+        if kernels is not None and kernels.suits(shape, config.hidden_size, config.intermediate_size):
+            self._arithmetic = kernels
         self._eps: float = config.rms_norm_eps
         self._heads: int = config.num_attention_heads
         decoder: Any = model.model

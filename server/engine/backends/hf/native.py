@@ -137,9 +137,7 @@ def load_kernels(cache: Path) -> Kernels | None:
     try:
         library = ctypes.CDLL(str(_compiled(cache)))
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning(
-            "few streams will be served more slowly than this CPU could (no compiled kernels): %s", _reason(error)
-        )
+        log.warning("%s: no compiled kernels, %s", SLOWER, _reason(error))
         return None
     if library.amx_request() != 0:
         log.warning("%s: Linux gives no permission to use AMX", SLOWER)
