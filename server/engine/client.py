@@ -94,6 +94,8 @@ class Generation:
         for output in items:
             if output.finish_reason is not None:
                 self._unfinished.discard(output.index)
+        if self._error is not None:  # it came before these were taken, and its call was theirs: it needs its own
+            asyncio.get_running_loop().call_soon(self._wake)
         return items
 
     async def next(self) -> list[SequenceOutput]:
@@ -115,10 +117,12 @@ class Generation:
         self._client.forget(self)
 
     def push(self, output: SequenceOutput) -> None:
-        self._items.append(output)
-        self._wake()
+        if self._error is None:
+            self._items.append(output)
+            self._wake()
 
     def fail(self, error: QloopError) -> None:
+        """End it for its consumer, after what it has not taken yet."""
         self._error = error
         if not self.accepted.done():
             self.accepted.set_exception(error)

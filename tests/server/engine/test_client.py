@@ -162,6 +162,29 @@ async def test_on_news_is_called_as_outputs_come_and_at_the_end(client: EngineCl
     assert generation.take() == []
 
 
+async def test_an_end_that_comes_together_with_outputs_is_heard(client: EngineClient) -> None:
+    """One wake-up for both, outputs that go on: a caller that left would be generated for to the last token."""
+    generation = await client.generate(ask("1", PROMPT, max_tokens=400, ignore_eos=True))
+    news = asyncio.Event()
+    generation.on_news = news.set
+    output = SequenceOutput("1", 0, [5], 1)
+
+    async def consume() -> None:
+        while True:
+            generation.take()
+            await news.wait()
+            news.clear()
+
+    consuming = asyncio.create_task(consume())
+    await asyncio.sleep(0)
+    generation.push(output)
+    generation.fail(QloopError("gone"))
+    generation.push(output)
+    with pytest.raises(QloopError, match="gone"):
+        await asyncio.wait_for(consuming, 5)
+    generation.cancel()
+
+
 async def test_a_deadline(client: EngineClient) -> None:
     request = msgspec.structs.replace(ask("1", PROMPT, n=2, max_tokens=400, ignore_eos=True), deadline_s=0.1)
     with pytest.raises(DeadlineExceeded):
