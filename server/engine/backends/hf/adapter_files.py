@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from server.engine.backends.base import AdapterError
 from server.engine.backends.hf.kv_store import kv_shape
-from server.engine.backends.hf.projection import Ia3Vector, LoraMatrices
+from server.engine.backends.hf.lora import LoraMatrices
+from server.engine.backends.hf.projection import Ia3Vector
 
 log = logging.getLogger(__name__)
 

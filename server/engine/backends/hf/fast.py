@@ -17,7 +17,8 @@ from server.engine.backends.hf.batch import Batch
 from server.engine.backends.hf.kv_store import KvShape
 from server.engine.backends.hf.native import Kernels
 from server.engine.backends.hf.probe import PROBE_TOKENS
-from server.engine.backends.hf.projection import Projection, SlotMap
+from server.engine.backends.hf.projection import Projection
+from server.engine.backends.hf.slots import SlotMap
 from server.engine.backends.hf.weights import Linear, pack
 
 FAST_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -134,7 +135,13 @@ class FastNetwork:
             start, end = end, end + linear.out_features
             parts[f"{prefix}.{name}" if prefix else name] = slice(start, end)
         projection = Projection(
-            packed, parts, linears[0].in_features, slots or self._slots, self.shape.dtype, self.shape.device
+            packed,
+            parts,
+            linears[0].in_features,
+            slots or self._slots,
+            self.shape.dtype,
+            self.shape.device,
+            self._kernels,
         )
         self.projections.update(dict.fromkeys(parts, projection))
         return projection

@@ -15,7 +15,8 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from server.engine.backends.hf.adapter_files import ModelShape
 from server.engine.backends.hf.batch import Batch
 from server.engine.backends.hf.kv_store import KvShape
-from server.engine.backends.hf.projection import Projection, SlotMap
+from server.engine.backends.hf.projection import Projection
+from server.engine.backends.hf.slots import SlotMap
 
 ATTENTION = "qloop"  # no mask function has this name, so transformers builds no mask
 

@@ -77,36 +77,63 @@ AMX static void configure(int first, int second) {
             _tile_dpbssd(sum, x, w); \
     } while (0)
 
-/* Up to 32 tokens times 32 outputs into `sums`, four tiles. `fetch`: the weight comes from memory, not from a cache. */
-AMX INLINE void multiply(Kind kind, const char *x, const char *w, long line, int second, int fetch, char *sums) {
+/* Makes the tiles ready for the next up to 32 of `tokens`; returns how many of them the second tile of tokens holds. */
+AMX INLINE int fit(long tokens, int *configured) {
+    int live = (int)(tokens < WIDTH ? tokens : WIDTH);
+    int second = live > ROWS ? live - ROWS : 0;
+    if (live != *configured)
+        configure(live - second, second);
+    *configured = live;
+    return second;
+}
+
+AMX INLINE void start_sums(int second) {
     _tile_zero(0);
     _tile_zero(1);
     if (second) {
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (long at = 0; at < line; at += LINE, w += PAIR) {
+}
+
+/* Adds up to 32 tokens times 32 outputs, or 16 if the weight is not in pairs of tiles. `line` bytes of each token, the
+ * next one `stride` bytes on. `fetch`: the weight comes from memory, not from a cache. */
+AMX INLINE void add_sums(
+    Kind kind, const char *x, long stride, const char *w, long line, int second, int pairs, int fetch) {
+    const long step = pairs ? PAIR : TILE;
+    for (long at = 0; at < line; at += LINE, w += step) {
         if (fetch)
-            for (int i = 0; i < PAIR; i += LINE)
+            for (int i = 0; i < step; i += LINE)
                 _mm_prefetch(w + AHEAD + i, _MM_HINT_T1);
-        _tile_loadd(4, x + at, line);
+        _tile_loadd(4, x + at, stride);
         if (second)
-            _tile_loadd(5, x + at + ROWS * line, line);
+            _tile_loadd(5, x + at + ROWS * stride, stride);
         _tile_loadd(6, w, LINE);
-        _tile_loadd(7, w + TILE, LINE);
+        if (pairs)
+            _tile_loadd(7, w + TILE, LINE);
         DOT(kind, 0, 4, 6);
-        DOT(kind, 1, 4, 7);
+        if (pairs)
+            DOT(kind, 1, 4, 7);
         if (second) {
             DOT(kind, 2, 5, 6);
-            DOT(kind, 3, 5, 7);
+            if (pairs)
+                DOT(kind, 3, 5, 7);
         }
     }
+}
+
+AMX INLINE void store_sums(int second, char *sums) {
     _tile_stored(0, sums, LINE);
     _tile_stored(1, sums + TILE, LINE);
     if (second) {
         _tile_stored(2, sums + PAIR, LINE);
         _tile_stored(3, sums + PAIR + TILE, LINE);
     }
+}
+
+/* Where `store_sums` puts 16 outputs of one token; `side`: the first 16 or the second. */
+INLINE const char *sums_of(const char *sums, int row, int side) {
+    return sums + row / ROWS * PAIR + side * TILE + row % ROWS * LINE;
 }
 
 /* Scales and bias: 16 outputs of one token. */
@@ -128,21 +155,18 @@ AMX INLINE void block(Kind kind, const Linear *map, long first, long tokens, lon
     char sums[2 * PAIR] __attribute__((aligned(LINE)));
     const char *w = map->w + output * map->line;
     for (long start = 0; start < tokens; start += WIDTH) {
-        int live = (int)(tokens - start < WIDTH ? tokens - start : WIDTH);
-        int second = live > ROWS ? live - ROWS : 0;
-        if (live != *configured)
-            configure(live - second, second);
-        *configured = live;
+        int second = fit(tokens - start, configured);
         const char *x = map->x + (first + start) * map->line;
+        start_sums(second);
         if (second)
-            multiply(kind, x, w, map->line, 1, start == 0, sums);
+            add_sums(kind, x, map->line, w, map->line, 1, 1, start == 0);
         else
-            multiply(kind, x, w, map->line, 0, start == 0, sums);
-        for (int row = 0; row < live; row++)
+            add_sums(kind, x, map->line, w, map->line, 0, 1, start == 0);
+        store_sums(second, sums);
+        for (int row = 0; row < *configured; row++)
             for (int side = 0; side < 2; side++) {
                 long token = first + start + row, column = output + side * ROWS;
-                const char *at = sums + row / ROWS * PAIR + side * TILE + row % ROWS * LINE;
-                store(map->y + token * map->n + column, finish(kind, map, at, token, column));
+                store(map->y + token * map->n + column, finish(kind, map, sums_of(sums, row, side), token, column));
             }
     }
 }
@@ -306,4 +330,90 @@ AMX void turn_and_store(const Heads *all, int num_threads) {
                 store(all->values + cell + i, load(x + all->kv_heads * size + i));
         }
     }
+}
+
+/* --- adapters --- */
+
+typedef struct {
+    const char *x;       /* [tokens, inputs] */
+    const char *a, *b;   /* packed, a block of 32 columns behind the other: [parts, 2, inputs, 16], [outputs, 32] */
+    const int32_t *ends; /* [parts]: where each part's outputs end */
+    const int32_t *own;  /* [tokens, 2]: the columns that are the token's own, first and end; none if they are equal */
+    const int32_t *live; /* [num_live]: the blocks that some token needs */
+    uint16_t *y;         /* [tokens, outputs], added to */
+    long tokens, inputs, outputs, parts, num_live;
+} Lora;
+
+/* Which of the 16 columns from `column` on are the token's own. */
+INLINE __mmask16 own_columns(const Lora *lora, long token, long column) {
+    long first = lora->own[2 * token] - column, end = lora->own[2 * token + 1] - column;
+    uint32_t before_first = first <= 0 ? 0 : first >= ROWS ? 0xffff : (1u << first) - 1;
+    uint32_t before_end = end <= 0 ? 0 : end >= ROWS ? 0xffff : (1u << end) - 1;
+    return (__mmask16)(before_end & ~before_first);
+}
+
+/* 16 columns of up to 32 tokens from `start` on: hidden = x A^T where the column is the token's own, else 0.
+ * `tile` counts parts, then live blocks, then halves of them; so do the columns of `hidden`. */
+AMX INLINE void make_hidden(const Lora *lora, long tile, long start, uint16_t *hidden, int *configured) {
+    char sums[2 * PAIR] __attribute__((aligned(LINE)));
+    const long width = lora->parts * lora->num_live * WIDTH, line = 2 * lora->inputs;
+    const long part = tile / 2 / lora->num_live, block = lora->live[tile / 2 % lora->num_live], side = tile % 2;
+    const char *a = lora->a + ((block * lora->parts + part) * 2 + side) * ROWS * line;
+    int second = fit(lora->tokens - start, configured);
+    start_sums(second);
+    add_sums(BF16, lora->x + start * line, line, a, line, second, 0, start == 0);
+    store_sums(second, sums);
+    for (int row = 0; row < *configured; row++) {
+        __mmask16 own = own_columns(lora, start + row, block * WIDTH + side * ROWS);
+        __m512 value = _mm512_maskz_loadu_ps(own, sums_of(sums, row, 0));
+        store(hidden + (start + row) * width + tile * ROWS, value);
+    }
+}
+
+/* 32 outputs of up to 32 tokens from `start` on: y += hidden B. */
+AMX INLINE void add_outputs(const Lora *lora, long output, long start, const uint16_t *hidden, int *configured) {
+    char sums[2 * PAIR] __attribute__((aligned(LINE)));
+    const long width = lora->parts * lora->num_live * WIDTH;
+    long part = 0;
+    while (output >= lora->ends[part])
+        part++;
+    const char *own = (const char *)(hidden + start * width + part * lora->num_live * WIDTH);
+    int second = fit(lora->tokens - start, configured);
+    start_sums(second);
+    for (long i = 0; i < lora->num_live; i++) {
+        const char *b = lora->b + (lora->live[i] * lora->outputs + output) * LINE;
+        add_sums(BF16, own + i * LINE, 2 * width, b, LINE, second, 1, start == 0);
+    }
+    store_sums(second, sums);
+    for (int row = 0; row < *configured; row++)
+        for (int side = 0; side < 2; side++) {
+            uint16_t *y = lora->y + (start + row) * lora->outputs + output + side * ROWS;
+            store(y, _mm512_add_ps(load(y), _mm512_loadu_ps(sums_of(sums, row, side))));
+        }
+}
+
+/* LoRA (https://arxiv.org/abs/2106.09685), each token with its own adapter or none: y += (x A^T) B. Every token goes
+ * through all live columns, and what is not its own is set to zero in between. `inputs` and each part's outputs are
+ * multiples of 32. Returns 0, or -1 if memory ran out. */
+AMX int add_lora(const Lora *lora, int num_threads) {
+    const long tiles = 2 * lora->parts * lora->num_live;
+    uint16_t *hidden = aligned_alloc(LINE, (size_t)(lora->tokens * tiles * ROWS) * sizeof(uint16_t));
+    if (!hidden)
+        return -1;
+#pragma omp parallel num_threads(num_threads)
+    {
+        int configured = 0;
+#pragma omp for collapse(2) schedule(static)
+        for (long tile = 0; tile < tiles; tile++)
+            for (long start = 0; start < lora->tokens; start += WIDTH)
+                make_hidden(lora, tile, start, hidden, &configured);
+        for (long start = 0; start < lora->tokens; start += WIDTH) {
+#pragma omp for schedule(static) nowait
+            for (long output = 0; output < lora->outputs; output += WIDTH)
+                add_outputs(lora, output, start, hidden, &configured);
+        }
+        _tile_release();
+    }
+    free(hidden);
+    return 0;
 }

@@ -47,6 +47,15 @@ class _Heads(ctypes.Structure):
     ]
 
 
+class LoraCall(ctypes.Structure):
+    """`Lora` of kernels.c: pointers and sizes of one call."""
+
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("x", "a", "b", "ends", "own", "live", "y")),
+        *((name, c_long) for name in ("tokens", "inputs", "outputs", "parts", "num_live")),
+    ]
+
+
 class Kernels:
     """The compiled functions; tensors are bf16 on the CPU. Implements `Arithmetic`."""
 
@@ -55,6 +64,7 @@ class Kernels:
         self._linear_int8 = _declare(library.amx_linear_int8, [c_void_p] * 5 + [c_long] * 3 + [c_int], c_int)
         self._add_and_norm = _declare(library.add_and_norm, [c_void_p] * 4 + [c_long] * 2 + [c_float, c_int])
         self._silu_and_multiply = _declare(library.silu_and_multiply, [c_void_p] * 2 + [c_long] * 2 + [c_int])
+        self._add_lora = _declare(library.add_lora, [ctypes.POINTER(LoraCall), c_int], c_int)
         self._turn_and_store = _declare(library.turn_and_store, [ctypes.POINTER(_Heads), c_int])
 
     @staticmethod
@@ -127,6 +137,10 @@ class Kernels:
         )
         self._turn_and_store(asked, torch.get_num_threads())
         return queries
+
+    def add_lora(self, call: LoraCall) -> None:
+        if self._add_lora(call, torch.get_num_threads()):
+            raise MemoryError("no memory for what adapters compute")
 
 
 def load_kernels(cache: Path) -> Kernels | None:

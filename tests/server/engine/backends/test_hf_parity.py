@@ -85,7 +85,7 @@ def test_unloaded_adapters_leave_no_trace(model_folder: Path, adapters: dict[str
     assert_agrees(run(backend, request)["a", 0].token_ids, reference)
     backend.unload_adapter(adapter_info("small").id)
     projections = set(backend._network.projections.values())
-    assert not any(p._columns or p._a.numel() or p._b.numel() for p in projections)
+    assert not any(p.lora.columns or p.lora.a.numel() or p.lora.b.numel() for p in projections)
 
 
 @pytest.mark.parametrize("forward", ["auto", "generic"])

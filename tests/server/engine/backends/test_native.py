@@ -14,7 +14,11 @@ from server.engine.backends.hf import HfBackend, HfOptions, native
 from server.engine.backends.hf.arithmetic import Heads, TorchArithmetic
 from server.engine.backends.hf.batch import Batch, Part
 from server.engine.backends.hf.kv_store import KvShape, KvStore
+from server.engine.backends.hf.lora import LoraMatrices, TorchLora
 from server.engine.backends.hf.native import Kernels, load_kernels
+from server.engine.backends.hf.native_lora import NativeLora
+from server.engine.backends.hf.projection import Projection
+from server.engine.backends.hf.slots import BASE, SlotMap
 from tests.server.engine.backends.driver import adapter_info, ask, run
 from tests.server.engine.backends.folders import write_adapter, write_model
 
@@ -167,6 +171,122 @@ def test_turn_and_store(kernels: Kernels, heads: int, kv_heads: int, size: int, 
     for found, exact in zip(*results, strict=True):
         assert_close(found, exact, absolute=0.02)
     assert results[0][1].count_nonzero() <= 40 * kv_heads * size
+
+
+# --- adapters ---
+
+
+CPU = torch.device("cpu")
+QKV, GATE_UP, OUT = {"q": 64, "k": 32, "v": 32}, {"gate": 96, "up": 96}, {"o": 1056}
+
+
+def adapted(
+    kernels: Kernels | None, widths: dict[str, int], base: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Projection, SlotMap]:
+    """A projection of 64 inputs with modules of these widths, whose base map gives `base` for anything."""
+    ends = torch.tensor([0, *widths.values()]).cumsum(0).tolist()
+    parts = {name: slice(start, end) for name, start, end in zip(widths, ends[:-1], ends[1:], strict=True)}
+    slots = SlotMap()
+    return Projection(lambda x: base[: len(x)].clone(), parts, 64, slots, dtype, CPU, kernels), slots
+
+
+def random_lora(widths: dict[str, int], rank: int) -> dict[str, LoraMatrices]:
+    return {name: LoraMatrices(bf16(rank, 64), bf16(width, rank)) for name, width in widths.items()}
+
+
+@needs_kernels
+@pytest.mark.parametrize("widths", [QKV, GATE_UP, OUT])
+@pytest.mark.parametrize("ranks", [(1,), (2, 5, 8), (40, 3, 16, 64)])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 17, 48, 300])
+def test_every_token_gets_its_own_lora(
+    kernels: Kernels, widths: dict[str, int], ranks: tuple[int, ...], tokens: int
+) -> None:
+    """Ranks differ, some modules have no LoRA, tokens of the base stay bit for bit."""
+    torch.manual_seed(0)
+    base, x = bf16(tokens, sum(widths.values())), bf16(tokens, 64)
+    projection, slot_map = adapted(kernels, widths, base)
+    assert isinstance(projection.lora, NativeLora)
+    exact, slots = base.double(), [(7 * i) % (len(ranks) + 1) - 1 for i in range(1, tokens + 1)]
+    for slot, rank in enumerate(ranks):
+        matrices = random_lora(dict(list(widths.items())[: slot + 1]), rank)
+        projection.attach_lora(slot, matrices)
+        own = torch.tensor([other == slot for other in slots])
+        for name, matrix in matrices.items():
+            exact[own, projection.parts[name]] += x[own].double() @ matrix.a.double().T @ matrix.b.double().T
+    slot_map.set(slots, CPU)
+    found = projection(x)
+    assert float((found.double() - exact).norm() / exact.norm()) < BF16
+    assert_close(found, exact, relative=0.03, absolute=0.05 * float(exact.std()))
+    is_base = torch.tensor([slot == BASE for slot in slots])
+    assert torch.equal(found[is_base], base[is_base])
+
+
+@needs_kernels
+@pytest.mark.parametrize("widths", [QKV, GATE_UP, OUT])
+def test_a_lora_does_not_depend_on_batch_mates_or_on_who_is_loaded(kernels: Kernels, widths: dict[str, int]) -> None:
+    """Bit for bit: alone in the batch, among others, and after others have come and gone."""
+    torch.manual_seed(0)
+    x, base = bf16(1, 64).expand(40, -1), bf16(1, sum(widths.values())).expand(40, -1)
+    projection, slot_map = adapted(kernels, widths, base)
+    loras = [random_lora(widths, rank) for rank in (5, 30, 9, 70)]
+    alone = []
+    for slot, lora in enumerate(loras):
+        projection.attach_lora(slot, lora)
+        slot_map.set([slot], CPU)
+        alone.append(projection(x[:1])[0])
+        if slot == 1:
+            projection.detach(slot)
+    projection.attach_lora(1, loras[1])
+    loaded = [BASE, 0, 1, 2, 3]
+    for removed in (None, 0, 3):
+        if removed is not None:
+            projection.detach(removed)
+            loaded.remove(removed)
+        slots = [loaded[i % len(loaded)] for i in range(40)]
+        slot_map.set(slots, CPU)
+        for slot, found in zip(slots, projection(x), strict=True):
+            assert torch.equal(found, base[0] if slot == BASE else alone[slot])
+    projection.detach(1)
+    projection.detach(2)
+    assert projection.lora.a.numel() == projection.lora.b.numel() == 0
+
+
+@needs_kernels
+def test_a_lora_that_overflows_spoils_only_its_own_tokens(kernels: Kernels) -> None:
+    projection, slot_map = adapted(kernels, {"o": 32}, torch.zeros(3, 32).bfloat16())
+    for slot, value in enumerate((torch.inf, 1.0)):
+        a, b = torch.full((4, 64), value).bfloat16(), torch.ones(32, 4).bfloat16()
+        projection.attach_lora(slot, {"o": LoraMatrices(a, b)})
+    slot_map.set([0, 1, BASE], CPU)
+    found = projection(torch.ones(3, 64).bfloat16())
+    assert not found[0].isfinite().any()
+    assert found[1].eq(256).all() and found[2].eq(0).all()
+
+
+@needs_kernels
+def test_loras_that_no_token_uses_are_not_read(kernels: Kernels) -> None:
+    base = torch.zeros(3, 32).bfloat16()
+    projection, slot_map = adapted(kernels, {"o": 32}, base)
+    for slot, value in enumerate((torch.nan, 1.0, torch.nan)):  # of 32 columns each: blocks of their own
+        a, b = torch.full((32, 64), value).bfloat16(), torch.full((32, 32), value).bfloat16()
+        projection.attach_lora(slot, {"o": LoraMatrices(a, b)})
+    x = torch.ones(3, 64).bfloat16()
+    slot_map.set([1, BASE, 1], CPU)
+    assert projection(x).tolist() == [[2048.0] * 32, [0.0] * 32, [2048.0] * 32]
+    slot_map.set([BASE, 3, BASE], CPU)  # an adapter that does not act here
+    assert torch.equal(projection(x), base)
+
+
+@needs_kernels
+def test_which_projections_take_the_kernel(kernels: Kernels) -> None:
+    for widths, dtype, chosen, expected in (
+        (QKV, torch.bfloat16, kernels, NativeLora),
+        (QKV, torch.bfloat16, None, TorchLora),
+        (QKV, torch.float32, kernels, TorchLora),
+        ({"q": 80, "k": 16}, torch.bfloat16, kernels, TorchLora),
+    ):
+        projection, _ = adapted(chosen, widths, torch.zeros(1, 128), dtype)
+        assert type(projection.lora) is expected
 
 
 # --- the whole backend ---

@@ -14,7 +14,9 @@ from torch import Tensor
 from server.engine.backends.base import AdapterError
 from server.engine.backends.hf.adapter_files import AdapterWeights, ModelShape, model_shape, read_adapter
 from server.engine.backends.hf.adapters import LoadedAdapters
-from server.engine.backends.hf.projection import Ia3Vector, LoraMatrices, Projection, SlotMap
+from server.engine.backends.hf.lora import LoraMatrices
+from server.engine.backends.hf.projection import Ia3Vector, Projection
+from server.engine.backends.hf.slots import SlotMap
 from tests.server.engine.backends.families import FAMILIES, load
 from tests.server.engine.backends.folders import load_reference
 from tests.server.engine.backends.folders import write_adapter as write_lora
