@@ -24,6 +24,7 @@ class AdapterCard:
     stop_token_ids: tuple[int, ...]
     method: str  # PEFT's peft_type, in lower case: lora, ia3, prefix_tuning ...
     rank: int  # 0 where the method has none
+    quantization_bit: int = 0  # bits of the frozen base in training; 0: it was not quantized
     dataset_hash: str = ""
     run_id: str = ""
     scores: dict[str, float] = field(default_factory=dict)

@@ -4,7 +4,7 @@ Safetensors only. Knows nothing about requests.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from server.engine.backends.hf.options import HfOptions
 from server.engine.backends.hf.probe import reference_logits
 from server.engine.backends.hf.weights import check_int8
 from server.errors import ConfigError
-from server.store.model_folder import check_model_folder
+from server.store.model_folder import check_model_folder, read_model_config
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Loaded:
 
 def load_network(options: HfOptions) -> Loaded:
     """Read the folder, ask the model itself for the probe's logits, and take it over. Raises ConfigError."""
+    options = replace(options, dtype=saved_or_wanted_dtype(options))
     model = load_model(options)
     shape = kv_shape(model)
     max_cells = int(options.kv_cache_gib * 2**30) // shape.bytes_per_cell // shape.page_cells * shape.page_cells
@@ -113,7 +114,32 @@ def load_model(options: HfOptions) -> PreTrainedModel:
     if options.dtype not in BITSANDBYTES:
         model.to(device)  # type: ignore[arg-type, unused-ignore]
     model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+    _keep_odd_shapes_unpacked(model)
     return model
+
+
+def _keep_odd_shapes_unpacked(model: PreTrainedModel) -> None:
+    """bitsandbytes' packing of nf4 weights for CPUs with AVX512-BF16 fails unless inputs fill its blocks of 64."""
+    module: Any
+    for module in model.modules():
+        is_odd = getattr(module, "in_features", 0) % 64 or getattr(module, "out_features", 0) % 32
+        if is_odd and hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def saved_or_wanted_dtype(options: HfOptions) -> Any:
+    """`options.dtype`, or for a folder that bitsandbytes quantized the dtype it was saved in."""
+    check_model_folder(options.model_path)
+    quantized = read_model_config(options.model_path).get("quantization_config")
+    if not isinstance(quantized, dict) or quantized.get("quant_method") != "bitsandbytes":
+        return options.dtype
+    saved = "nf4" if quantized.get("load_in_4bit") else "bnb-int8"
+    if options.dtype not in ("auto", saved):
+        raise ConfigError(
+            f"The weights in {options.model_path} are saved as {saved} and cannot be {options.dtype}. "
+            "Set QLOOP_HF_DTYPE=auto, or serve the model they were made from."
+        )
+    return saved
 
 
 def _max_model_len(config: Any, options: HfOptions, max_cells: int) -> int:
@@ -163,6 +189,8 @@ def _choose_dtype(options: HfOptions, config: Any) -> torch.dtype:
 
 def _quantization(options: HfOptions, config: Any) -> Any:
     """bitsandbytes' settings, or the checkpoint's own (None)."""
+    if getattr(config, "quantization_config", None):
+        return None
     if options.dtype == "nf4":
         return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_choose_dtype(options, config)
