@@ -1,169 +1,219 @@
-"""What one training run can be told: declared once, it gives the help text, the checks and `run.json`.
+"""What one training run can be told, declared once: name, type, range, default, help and plain other names.
 
-Values come from a JSON or YAML file and from `key=value` words, the words on top. An unknown key is refused.
+Names are those of transformers' `TrainingArguments`, and LLaMA-Factory's for the methods. This module reads no file and
+knows no machine: `trainer.options.resolve` makes a TrainConfig out of files and words.
 """
 
-import difflib
-import json
-import types
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-import yaml
-
-from server.errors import ConfigError
 from server.settings import home_path
+from trainer.errors import ConfigFaults
+from trainer.options.checks import pair_faults
 
 
-def _option(text: str, default: Any = None, *, least: float | None = None, most: float | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "least": least, "most": most})
+def _option(
+    text: str,
+    default: Any = None,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    also: str = "",
+    whole: bool = False,
+) -> Any:
+    """`also`: other names of the same option. `whole`: a text is one entry of the list, its commas are its own."""
+    meta = {
+        "help": text,
+        "least": least,
+        "most": most,
+        "above": above,
+        "also": tuple(also.split()),
+        "whole": whole,
+    }
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=meta)
+    return field(default=default, metadata=meta)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. Learning rates and sizes follow common practice for small LoRA runs; name your own where it matters."""
+    """One run. Defaults suit LoRA on a model of some billion parameters; name your own where it matters.
 
-    model: str = _option("Base model: a folder, the name of a model in the home, or a hub id.", "")
-    data: tuple[str, ...] = _option("Training files (.jsonl or .json), a list or comma-separated.", ())
-    stage: Literal["pt", "sft"] = _option("pt: predict all of plain text. sft: learn the assistant's turns.", "sft")
-    finetuning: Literal["full", "lora"] = _option("full: all weights. lora: small matrices beside them.", "lora")
+    Raises ConfigFaults, which names every impossible pair.
+    """
+
+    # What is trained, on what
+    model_name_or_path: str = _option(
+        "Base model: a folder, the name of a model in the home, or a hub id.", "", also="model base_model"
+    )
+    train_file: tuple[str, ...] = _option(
+        "Training data: files, folders, globs, or path#1000 for the first 1000 rows; a list or comma-separated.",
+        (),
+        also="data data_path dataset train_files datasets",
+    )
+    val_file: tuple[str, ...] = _option(
+        "Validation data, as train_file.", (), also="eval_dataset validation_file eval_file val_dataset dev_file"
+    )
+    val_size: float = _option(
+        "Rows held out of train_file: a share below 1, or a number of rows.",
+        0.0,
+        least=0.0,
+        also="split_dataset_ratio val_set_size",
+    )
+    max_samples: int | None = _option("Take at most this many rows of each file.", least=1)
+    max_reject_ratio: float = _option("A larger share of refused rows stops the run.", 0.05, least=0.0, most=1.0)
+    replay_file: tuple[str, ...] = _option("General data mixed in, so that general ability is kept.", ())
+    replay_ratio: float = _option("Share of replay rows among all rows.", 0.1, least=0.0, most=0.9)
+    stage: Literal["pt", "sft", "dpo", "rm", "ppo"] = _option(
+        "pt: all of a text. sft: answers. dpo, rm: preference pairs. ppo: against a reward.", "sft"
+    )
     from_scratch: bool = _option("Start from random weights; the model folder then needs only its config.json.", False)
-    run_id: str | None = _option("Name of the run folder. Unset: time and stage.")
-    num_epochs: float = _option("Passes over the data.", 3.0, least=0.0)
+    trust_remote_code: bool = _option(
+        "Run Python code that lies in the model's folder. Only of a source you know.", False
+    )
+    run_id: str | None = _option("Name of the run's folder. Unset: time and stage.", also="run_name")
+    output_dir: str | None = _option("The run's folder. Unset: runs/RUN_ID in the home.")
+
+    # Method
+    finetuning_type: Literal[
+        "full", "freeze", "lora", "qlora", "ptuning_v2", "prefix", "p_tuning", "prompt", "ia3", "peft"
+    ] = _option("Which weights are trained; ptuning_v2 and prefix are one method.", "lora")
+    lora_rank: int = _option("Rank of the LoRA matrices.", 16, least=1, also="lora_r")
+    lora_alpha: int = _option("LoRA's scale is alpha / rank.", 32, least=1)
+    lora_dropout: float = _option("Dropout before the LoRA matrices.", 0.05, least=0.0, most=0.99)
+    lora_target: tuple[str, ...] = _option(
+        "Module names that get LoRA; all-linear: every linear layer but the head.",
+        ("all-linear",),
+        also="lora_target_modules target_modules lora_modules",
+    )
+    lora_init: str = _option("How LoRA begins: default, or pissa, pissa_niter_16, olora, gaussian.", "")
+    use_rslora: bool = _option("Scale by alpha / sqrt(rank).", False, also="use_rs_lora")
+    use_dora: bool = _option("Learn directions and lengths apart (DoRA); vLLM cannot serve it.", False)
+    pre_seq_len: int = _option(
+        "Virtual tokens of ptuning_v2, prefix, p_tuning and prompt.", 128, least=1, also="num_virtual_tokens"
+    )
+    quantization_bit: Literal[4, 8] | None = _option(
+        "Load the frozen base in nf4 (4) or int8 (8).", also="quant_bits quantize_bits"
+    )
+    peft_config: Mapping[str, Any] = _option(
+        "Settings of any other method of peft, with its peft_type; such methods are not tested here.", {}
+    )
+    freeze_trainable_layers: int = _option(
+        "finetuning_type=freeze: this many last layers are trained.", 2, least=1, also="num_layer_trainable"
+    )
+
+    # Steps
+    num_train_epochs: float = _option("Passes over the data.", 3.0, above=0.0, also="num_epochs")
+    max_steps: int = _option("Optimizer steps; -1: as num_train_epochs says.", -1, least=-1)
+    per_device_train_batch_size: int = _option(
+        "Rows per forward pass and device.", 1, least=1, also="per_gpu_train_batch_size micro_batch_size"
+    )
+    per_device_eval_batch_size: int = _option(
+        "Rows per forward pass in evaluation.", 8, least=1, also="per_gpu_eval_batch_size"
+    )
+    gradient_accumulation_steps: int = _option("Forward passes per optimizer step.", 16, least=1)
     learning_rate: float = _option("Highest learning rate.", 1e-4, least=0.0)
-    lr_scheduler: Literal["cosine", "linear", "constant"] = _option("How the learning rate falls.", "cosine")
-    warmup_ratio: float = _option("Share of the steps in which the learning rate rises.", 0.05, least=0.0, most=1.0)
+    lr_scheduler_type: str = _option("How the learning rate goes on.", "cosine", also="lr_scheduler")
+    warmup_steps: float = _option("Steps in which the learning rate rises; below 1: a share of all.", 0.03, least=0.0)
     weight_decay: float = _option("AdamW's weight decay.", 0.0, least=0.0)
+    adam_beta1: float = _option("AdamW's memory of gradients.", 0.9, least=0.0, most=1.0)
     adam_beta2: float = _option(
         "AdamW's memory of squared gradients; 0.95 suits short runs.", 0.999, least=0.0, most=1.0
     )
-    max_grad_norm: float = _option("Gradients are clipped to this norm.", 1.0, least=0.0)
-    batch_size: int = _option("Rows per forward pass.", 8, least=1)
-    gradient_accumulation: int = _option("Forward passes per optimizer step.", 1, least=1)
-    max_length: int = _option(
-        "Longest row in tokens; longer ones go to the ledger (pt: text is cut here).", 1024, least=2
-    )
-    precision: Literal["auto", "fp32", "bf16"] = _option("auto: bf16 where a GPU has it, else fp32.", "auto")
-    attention: Literal["auto", "sdpa", "eager"] = _option(
-        "auto: sdpa. eager keeps the whole score matrix, which on a CPU is faster for rows of a few hundred tokens.",
-        "auto",
-    )
-    lora_rank: int = _option("Rank of the LoRA matrices.", 8, least=1)
-    lora_alpha: int = _option("LoRA's scale is alpha / rank.", 16, least=1)
-    lora_dropout: float = _option("Dropout before the LoRA matrices.", 0.0, least=0.0, most=1.0)
+    adam_epsilon: float = _option("AdamW's smallest divisor.", 1e-8, least=0.0)
+    max_grad_norm: float = _option("Gradients are clipped to this norm; 0: not clipped.", 1.0, least=0.0)
+    optim: str = _option("Optimizer.", "adamw_torch", also="optimizer")
     seed: int = _option("The same seed on the same machine gives the same weights.", 42, least=0)
+
+    # Rows and loss
+    max_length: int = _option(
+        "Longest row in tokens; longer ones lose their oldest turns (pt: the text is cut here).",
+        2048,
+        least=2,
+        also="max_seq_length cutoff_len model_max_length sequence_len max_seq_len block_size",
+    )
+    max_source_length: int | None = _option(
+        "Longest question in tokens, beside max_length.", least=1, also="max_source_len"
+    )
+    max_target_length: int | None = _option(
+        "Longest answer in tokens, beside max_length.", least=1, also="max_target_len"
+    )
+    packing: bool | None = _option(
+        "Several rows in one sequence, unseen by each other. Unset: as the stage and the method allow."
+    )
+    loss_on: Literal["assistant", "last", "all"] = _option(
+        "What is learned: every answer, the last answer, or every token.", "assistant"
+    )
+    neftune_noise_alpha: float | None = _option("Noise on embeddings while training (NEFTune); 5 is usual.", least=0.0)
+
+    # Preferences (dpo, ppo)
+    pref_beta: float = _option(
+        "DPO: how firmly the answers stay near the base model's.", 0.1, above=0.0, also="dpo_beta"
+    )
+    pref_loss: Literal["sigmoid", "hinge", "ipo"] = _option("DPO's loss.", "sigmoid", also="dpo_loss")
+    reward_model: str | None = _option("PPO: the run or folder of a reward model (stage rm).")
+    ppo_epochs: int = _option("PPO: passes over each batch of answers.", 4, least=1)
+    ppo_kl: float = _option("PPO: price of drifting from the base model.", 0.1, least=0.0)
+    ppo_max_new_tokens: int = _option("PPO: longest answer in tokens.", 128, least=1)
+
+    # Memory and speed
+    bf16: bool | None = _option("bfloat16. Neither bf16 nor fp16 set: bf16 where a GPU has it, else fp32.")
+    fp16: bool = _option("float16 with loss scaling, for GPUs older than Ampere.", False)
+    gradient_checkpointing: bool | None = _option(
+        "Recompute instead of store. Unset: on with a GPU where the method allows it.", also="activation_checkpointing"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = _option(
+        "auto: sdpa. eager keeps all scores, which a CPU does faster for short rows.",
+        "auto",
+        also="attn_implementation",
+    )
+    deepspeed: str | None = _option(
+        "zero0, zero1, zero2, zero2_offload, zero3, zero3_offload, or a DeepSpeed JSON file."
+    )
+    fsdp: Literal["fsdp2"] | None = _option("fsdp2: weights, gradients and optimizer split over the GPUs.")
+    num_processes: int | None = _option(
+        "Processes on this machine. Unset: one per GPU.", least=1, also="num_gpus nproc_per_node n_gpu nproc"
+    )
+    cpu_ok: bool = _option("Without a GPU, replace the settings that need one, and say which.", False)
+
+    # Watching, keeping
     logging_steps: int = _option("Steps between two lines of metrics.jsonl.", 10, least=1)
+    eval_strategy: Literal["no", "steps", "epoch"] | None = _option(
+        "When to evaluate. Unset: every eval_steps where there is validation data.", also="evaluation_strategy"
+    )
+    eval_steps: float = _option("Steps between evaluations; below 1: a share of all steps.", 0.05, above=0.0)
+    save_strategy: Literal["no", "steps", "epoch"] = _option("When to write a checkpoint.", "steps")
+    save_steps: float = _option(
+        "Steps between checkpoints; below 1: a share of all steps.", 0.05, above=0.0, also="save_interval"
+    )
+    save_total_limit: int | None = _option("Keep this many checkpoints; unset: all.", 3, least=1)
+    load_best_model_at_end: bool = _option("The result is the checkpoint with the lowest evaluation loss.", False)
+    early_stopping_patience: int = _option(
+        "Stop after this many evaluations without a better loss; 0: never.", 0, least=0, also="early_stopping_steps"
+    )
+    sample_prompts: tuple[str, ...] = _option(
+        "Questions answered at each evaluation: a list, or a .txt file with one per line.", (), whole=True
+    )
+    plot_loss: bool = _option("Draw the curves when the run ends.", True)
+    report_to: tuple[str, ...] = _option("Also report to: tensorboard.", ())
+    disable_tqdm: bool = _option("No progress bar.", False)
+    resume: str = _option(
+        "auto: go on with the run of this name if there is one. never: do not. Or a checkpoint.", "auto"
+    )
+    resume_override: bool = _option("Resume although data, base or settings have changed.", False)
+    hf_arguments: Mapping[str, Any] = _option(
+        "Further arguments of transformers' TrainingArguments, by their names.", {}
+    )
 
     def __post_init__(self) -> None:
-        if not self.model:
-            raise ConfigError("model is not set: name a folder or a hub id, for example model=Qwen/Qwen2-0.5B-Instruct")
-        if not self.data:
-            raise ConfigError("data is not set: name one or more .jsonl or .json files, for example data=train.jsonl")
-        if self.from_scratch and self.finetuning == "lora":
-            raise ConfigError("from_scratch=true needs finetuning=full: LoRA on random weights learns nothing of use")
+        faults = pair_faults(self)
+        if faults:
+            raise ConfigFaults(faults)
 
 
 def default_home() -> Path:
     """QLOOP_HOME as the server resolves it."""
     return home_path()
-
-
-def load_config(file: Path | None, words: Sequence[str] = ()) -> TrainConfig:
-    """Merge a config file and `key=value` words. Raises ConfigError naming the key and what it accepts."""
-    values = _read_file(file) if file else {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise ConfigError(f"{word!r}: options are written key=value, for example num_epochs=3")
-        values[key.replace("-", "_")] = text
-    return config_from(values)
-
-
-def config_from(values: Mapping[str, Any]) -> TrainConfig:
-    """Check and convert raw values. Raises ConfigError for unknown keys, wrong types and values out of range."""
-    known = {f.name: f for f in fields(TrainConfig)}
-    hints = get_type_hints(TrainConfig)
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "`python -m trainer train --help` lists all options"
-            raise ConfigError(f"unknown option {key!r}: {hint}")
-    converted = {key: _convert(key, value, hints[key]) for key, value in values.items()}
-    for key, value in converted.items():
-        _check_range(key, value, known[key].metadata)
-    return TrainConfig(**converted)
-
-
-def describe_options() -> str:
-    """One line per option: name, default, meaning."""
-    lines = []
-    for option in fields(TrainConfig):
-        shown = "unset" if option.default in (None, "", ()) else str(option.default)
-        choices = get_args(option.type) if get_origin(option.type) is Literal else ()
-        accepted = f" {{{'|'.join(map(str, choices))}}}" if choices else ""
-        lines.append(f"  {option.name + accepted:<32} {option.metadata['help']} [{shown}]")
-    return "\n".join(lines)
-
-
-def _read_file(file: Path) -> dict[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file}: is not UTF-8 text") from None
-    try:
-        value = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: cannot be parsed ({error})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file}: a mapping of options is expected, for example `stage: sft`")
-    return {str(key): item for key, item in value.items()}
-
-
-def _convert(key: str, value: Any, hint: Any) -> Any:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return None if value is None or value == "" else _convert(key, value, get_args(hint)[0])
-    if origin is Literal:
-        if value not in get_args(hint):
-            raise ConfigError(f"{key}={value!r}: accepted are {', '.join(get_args(hint))}")
-        return value
-    if origin is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
-            return tuple(part.strip() for part in parts if part.strip())
-        raise ConfigError(f"{key}={value!r}: a list of file names is expected")
-    return _convert_scalar(key, value, hint)
-
-
-def _convert_scalar(key: str, value: Any, kind: type) -> Any:
-    if kind is bool:
-        accepted: dict[Any, bool] = {True: True, False: False, "true": True, "false": False}
-        if isinstance(value, bool | str) and value in accepted:
-            return accepted[value]
-        raise ConfigError(f"{key}={value!r}: accepted are true and false")
-    if kind is str and isinstance(value, str):
-        return value
-    try:
-        # A YAML reader takes 1e-4 for text, so numbers may arrive as strings.
-        number = kind(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
-    except ValueError:
-        number = None
-    if kind is str or number is None or (kind is int and isinstance(value, float) and value != number):
-        raise ConfigError(f"{key}={value!r}: a value of type {kind.__name__} is expected")
-    return number
-
-
-def _check_range(key: str, value: Any, limits: Mapping[str, Any]) -> None:
-    least, most = limits["least"], limits["most"]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        too_low = least is not None and not value >= least
-        too_high = most is not None and not value <= most
-        if too_low or too_high or value == float("inf"):
-            bounds = " and ".join(
-                f"{word} {limit:g}" for word, limit in (("at least", least), ("at most", most)) if limit is not None
-            )
-            raise ConfigError(f"{key}={value}: must be {bounds or 'finite'}")

@@ -1,0 +1,1 @@
+"""Examples -> batches -> loss -> optimizer steps, exact however they are cut. May import `trainer.examples`."""
