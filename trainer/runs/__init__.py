@@ -1,0 +1,1 @@
+"""The run folder: claimed, written, stopped, resumed, drawn. Knows no rows; `callbacks`, `samples` meet the model."""
