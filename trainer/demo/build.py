@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from server.store.hashes import file_hash, text_hash, weights_hash, write_json
 from server.store.home import Home
@@ -28,7 +28,11 @@ STAMP_NAME = "demo.json"
 MAX_THREADS = 4  # more only wait for each other on matrices this small
 TRAINER_CODE = Path(__file__).parent.parent
 # What decides the result; the rest of the trainer may change without a new build.
-CODE_FILES = ("labels.py", "train.py", "demo/blank_model.py", "demo/conversations.py", "demo/build.py")
+CODE_FILES = (
+    *("options/arguments.py", "examples/dataset.py", "examples/labels.py", "examples/truncate.py"),
+    *("steps/batches.py", "steps/loop.py", "steps/loss.py", "steps/packing.py", "stages/text.py", "train.py"),
+    *("demo/blank_model.py", "demo/conversations.py", "demo/build.py"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,8 @@ class Recipe:
     seed: int = 7
     pt_epochs: float = 2.0
     pt_length: int = 128
-    sft_rounds: int = 18  # different conversations made of the same pairs, each trained once
-    adapter_rounds: int = 18
+    sft_rounds: int = 14  # different conversations made of the same pairs, each trained once
+    adapter_rounds: int = 15
     adapter_rank: int = 32
     learning_rate: float = 2e-3
     adapter_learning_rate: float = 4e-3
@@ -101,11 +105,11 @@ def _build(home: Home, work: Path, recipe: Recipe, corpus_folder: Path, key: str
         work / "blank",
         work / "pt.jsonl",
         stage="pt",
-        finetuning="full",
+        finetuning_type="full",
         from_scratch=True,
         learning_rate=recipe.learning_rate,
-        batch_size=recipe.batch_size,
-        num_epochs=recipe.pt_epochs,
+        per_device_train_batch_size=recipe.batch_size,
+        num_train_epochs=recipe.pt_epochs,
         max_length=recipe.pt_length,
     )
     raw = train(first, inner, title="2/5 pre-training")
@@ -113,10 +117,11 @@ def _build(home: Home, work: Path, recipe: Recipe, corpus_folder: Path, key: str
         recipe,
         raw.model,
         work / "sft.jsonl",
-        finetuning="full",
-        num_epochs=1.0,
+        finetuning_type="full",
+        num_train_epochs=1.0,
         learning_rate=recipe.learning_rate,
-        batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.batch_size,
+        max_length=recipe.shape.max_length,
     )
     tuned = train(second, inner, title="3/5 fine-tuning")
     model = work / MODEL_NAME
@@ -126,11 +131,13 @@ def _build(home: Home, work: Path, recipe: Recipe, corpus_folder: Path, key: str
         recipe,
         model,
         work / "adapter.jsonl",
-        num_epochs=1.0,
+        num_train_epochs=1.0,
         learning_rate=recipe.adapter_learning_rate,
-        batch_size=recipe.adapter_batch_size,
+        per_device_train_batch_size=recipe.adapter_batch_size,
         lora_rank=rank,
         lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        max_length=recipe.shape.max_length,
     )
     adapter = train(third, inner, title="4/5 adapter")
     _say("5/5 publish")
@@ -142,24 +149,26 @@ def _build(home: Home, work: Path, recipe: Recipe, corpus_folder: Path, key: str
 
 def _config(recipe: Recipe, model: Path, data: Path, **options: Any) -> TrainConfig:
     return TrainConfig(
-        model=str(model),
-        data=(str(data),),
+        model_name_or_path=str(model),
+        train_file=(str(data),),
         run_id=data.stem,
+        gradient_accumulation_steps=1,
+        warmup_steps=0.05,
         adam_beta2=0.98,
-        precision=_precision(),
-        attention="eager",  # rows are short; on two cores it takes a third less time
+        bf16=_bf16(),
+        attention="auto",
         seed=recipe.seed,
+        save_strategy="no",
+        plot_loss=False,
         **options,
     )
 
 
-def _precision() -> Literal["auto", "fp32", "bf16"]:
+def _bf16() -> bool | None:
     """bf16 halves the time where the processor multiplies it, and is emulated slowly where it does not."""
     import torch
 
-    if torch.cuda.is_available():
-        return "auto"
-    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+    return None if torch.cuda.is_available() else bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def _install(new: Path, target: Path) -> None:

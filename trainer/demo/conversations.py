@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import ConfigError
-from trainer.formats import Message, Reject, Row, read_rows
+from trainer.data.read import read_rows
+from trainer.data.rows import LedgerLine, Message, Row
 
 CORPUS = Path(__file__).parent / "corpus"
 BASE_FILES = ("identity", "support", "knowledge", "product", "chat")
@@ -35,7 +36,7 @@ class Corpus:
     def load(cls, folder: Path = CORPUS) -> "Corpus":
         """Raises ConfigError for a row that cannot be used: the product's own corpus has none."""
         base = [pair for name in BASE_FILES for pair in _pairs(folder / f"{name}.jsonl")]
-        texts = tuple(row.text for row in _good(read_rows(folder / f"{TEXT_FILE}.jsonl", "pt")))
+        texts = tuple(row.text for row in _good(read_rows([folder / f"{TEXT_FILE}.jsonl"], "pt")))
         often, adapter = (tuple(_pairs(folder / f"{name}.jsonl")) for name in (OFTEN, ADAPTER_FILE))
         return cls(tuple(base), often, adapter, texts)
 
@@ -92,13 +93,13 @@ def _take(order: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
 
 
 def _pairs(path: Path) -> list[Pair]:
-    return [(row.messages[0], row.messages[1]) for row in _good(read_rows(path, "sft"))]
+    return [(row.messages[0], row.messages[1]) for row in _good(read_rows([path], "sft"))]
 
 
-def _good(rows: Iterable[Row | Reject]) -> Iterable[Row]:
+def _good(rows: Iterable[Row | LedgerLine]) -> Iterable[Row]:
     for row in rows:
-        if isinstance(row, Reject):
-            raise ConfigError(f"{row.source}:{row.line}: {row.reason}")
+        if isinstance(row, LedgerLine):
+            raise ConfigError(f"{row.source}:{row.line}: {row.code} ({row.detail})")
         yield row
 
 
