@@ -1,7 +1,8 @@
 """Writes the tables of the documentation that come from the code or from a run. A test runs it too.
 
 `python -m docs.generate`. What the table of agreement says was measured by
-`python -m tests.server.engine.backends.matrix`, which leaves its results in docs/agreement.json.
+`python -m tests.server.engine.backends.matrix`, which leaves its results in docs/agreement.json; that of methods by
+`python -m tests.trainer.method_matrix`, in docs/methods.json.
 """
 
 import json
@@ -16,6 +17,7 @@ from server.settings import Settings, is_secret, variable
 
 HERE = Path(__file__).resolve().parent
 AGREEMENT = HERE / "agreement.json"
+METHODS = HERE / "methods.json"
 
 
 def settings_table() -> str:
@@ -63,9 +65,43 @@ def _agreement_cell(cell: dict[str, Any]) -> str:
     return "PEFT: no" if "peft_raised" in cell else f"{cell['num_compared']} of {cell['num_tokens']}"
 
 
+def methods_table() -> str:
+    """Families x training methods: who serves the result, and how many of its greedy tokens were compared."""
+    result = json.loads(METHODS.read_text("utf-8"))
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    columns = list(next(iter(result["cells"].values())))
+    gaps = {column: max(cells[column]["reload_gap"] for cells in result["cells"].values()) for column in columns}
+    exact = max(gap for column, gap in gaps.items() if "int8" not in column)
+    rows = [
+        f"Run on {result['date']} ({result['machine']}; {versions}). Loading changed a loss by "
+        f"{exact:.0e} at most, and by {max(gaps.values()):.0e} in int8, which rounds by what else is in a batch.",
+        "",
+        f"| Family | {' | '.join(columns)} |",
+        "|---|" + "---|" * len(columns),
+    ]
+    rows += [
+        f"| {family} | {' | '.join(_methods_cell(cells[column]) for column in columns)} |"
+        for family, cells in result["cells"].items()
+    ]
+    refusals = [
+        f"\nrefused — {family}, {column}: `{cell['refused']}`"
+        for family, cells in result["cells"].items()
+        for column, cell in cells.items()
+        if cell["refused"]
+    ]
+    return "\n".join([*rows, *refusals])
+
+
+def _methods_cell(cell: dict[str, Any]) -> str:
+    if cell["refused"]:
+        return "refused"
+    return f"{', '.join(cell['engines']) or 'merged'}: {cell['num_compared']} of {cell['num_tokens']}"
+
+
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     HERE / "operations.md": {"settings": settings_table, "signals": signal_table},
     HERE / "engines.md": {"agreement": agreement_table},
+    HERE / "training.md": {"methods": methods_table},
 }
 
 
