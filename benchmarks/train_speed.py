@@ -29,7 +29,7 @@ MAX_MEMORY = 0.3  # of plain Trainer's, above model and optimizer; tiny only
 MAX_LOSS_GAP = 0.01
 TINY = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4}
 PARTS: dict[str, dict[str, Any]] = {
-    "tiny": {"method": "full", "bf16": False, "learning_rate": 1e-3, "num_rows": 512, "epochs": 2, "shape": TINY},
+    "tiny": {"method": "full", "bf16": False, "learning_rate": 1e-3, "num_rows": 256, "epochs": 2, "shape": TINY},
     "lora": {"method": "lora", "bf16": True, "learning_rate": 1e-3, "num_rows": 96, "epochs": 1, "shape": {}},
 }
 BATCH_SIZE, ACCUMULATION = 16, 2
