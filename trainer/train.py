@@ -16,6 +16,7 @@ from transformers.utils import logging
 from server.store.hashes import weights_hash
 from server.store.home import Home
 from server.store.model_folder import read_model_config, resolve_model
+from server.text.identity import text_identity
 from trainer.config import TrainConfig
 from trainer.errors import does_not_fit, is_memory_fault
 from trainer.examples.dataset import dataset_hash
@@ -28,7 +29,7 @@ from trainer.options.checks import WHOLE_METHODS
 from trainer.ranks import rank, wait_for_all
 from trainer.results.card import make_card
 from trainer.results.save import save_adapter, save_model
-from trainer.runs.resume import run_identity
+from trainer.runs.resume import HASHES, run_identity
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.session import Session, run_session, say
 
@@ -92,6 +93,7 @@ def train(config: TrainConfig, home: Home, *, title: str | None = None) -> RunFo
         config,
         dataset_hash=dataset_hash(config),
         base_weights_hash="" if config.from_scratch else weights_hash(base, cache_path=home.hash_cache),
+        text=text_identity(base),
         num_processes=processes.num_processes,
     )
     with run_session(config, home.runs, identity) as session:
@@ -108,11 +110,7 @@ def train(config: TrainConfig, home: Home, *, title: str | None = None) -> RunFo
 
 
 def _run(job: Job) -> None:
-    job.run.record(
-        base_path=str(job.base),
-        base_weights_hash=job.session.identity["base_weights_hash"],
-        dataset_hash=job.session.identity["dataset_hash"],
-    )
+    job.run.record(base_path=str(job.base), **{name: job.session.identity[name] for name in HASHES})
     set_seed(job.config.seed)
     trainer = _trained(job)
     _save(job, trainer)

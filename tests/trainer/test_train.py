@@ -17,7 +17,7 @@ from server.store.registry import Registry
 from server.text.render import ChatRenderer
 from trainer.config import TrainConfig
 from trainer.demo.blank_model import write_blank_model
-from trainer.errors import DataError, Diverged, DoesNotFit
+from trainer.errors import DataError, Diverged, DoesNotFit, NotServable
 from trainer.examples.sequences import IGNORED
 from trainer.publish import publish
 from trainer.runs.run_folder import RunFolder, read_lines, read_run
@@ -114,6 +114,21 @@ def test_lora_leaves_the_base_alone_and_publishes(tiny_model: Path, data: Path, 
     assert renderer.turn_end_id in card.stop_token_ids and card.backends == ("hf", "vllm")
 
 
+def test_a_template_that_changed_after_training_stops_publish(
+    tiny_model: Path, data: Path, home: Home, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    run = train(config(base, data, max_steps=1), home)
+    elsewhere = shutil.copytree(run.adapter, tmp_path / "elsewhere")
+    with (base / "chat_template.jinja").open("a", encoding="utf-8") as file:
+        file.write("{{- 'one more' }}")
+    for folder in (run.path, elsewhere):  # known from the run, and from the adapter's own card
+        with pytest.raises(NotServable, match="its chat template has changed since") as caught:
+            publish(folder, "tiny-lora", home, base=str(base))
+        assert caught.value.exit_code == 8
+    assert not Registry(home.adapters).entries()
+
+
 def test_pre_training_from_scratch(blank_model: Path, home: Home, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     rows = [json.dumps({"text": f"你好，很高兴见到你。{n}"}, ensure_ascii=False) for n in range(20)]
@@ -202,7 +217,7 @@ def test_replay_rows_are_mixed_in_and_files_can_be_cut(
     assert (record["num_examples"], record["num_replayed"]) == (8, 2)
 
 
-def test_nan_stops_the_run_naming_the_rows(tiny_model: Path, data: Path, home: Home, tmp_path: Path) -> None:
+def test_divergence_is_loud(tiny_model: Path, data: Path, home: Home, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     with torch.no_grad():

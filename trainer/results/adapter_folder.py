@@ -10,6 +10,7 @@ from server.store.home import Home
 from server.store.model_folder import default_served_name, read_json_object, resolve_model
 from server.store.registry import check_adapter_folder
 from trainer.results.card import run_bits
+from trainer.runs.resume import HASHES
 from trainer.runs.run_folder import read_run
 
 
@@ -24,9 +25,15 @@ class FoundAdapter:
     base_name: str
 
     @property
+    def record(self) -> dict[str, Any]:
+        """The run's record; of an adapter from elsewhere the hashes that its card knows."""
+        card = {} if self.run else self._card()
+        return {**{name: card[name] for name in HASHES if card.get(name)}, **self.run}
+
+    @property
     def trained_on(self) -> str | None:
         """Hash of the weights it was trained on, if the run or a card knows it."""
-        known = self.run.get("base_weights_hash") or self._card().get("base_weights_hash")
+        known = self.record.get("base_weights_hash")
         return str(known) if known else None
 
     @property

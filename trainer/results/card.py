@@ -7,6 +7,7 @@ from typing import Any
 from server.store.card import AdapterCard
 from server.store.hashes import text_hash, weights_hash
 from server.store.model_folder import check_model_folder, read_json_object
+from server.text.identity import TextIdentity, text_identity
 from server.text.render import ChatRenderer
 from trainer.errors import NotServable
 from trainer.methods.servability import largest_rank, servable
@@ -22,17 +23,17 @@ def make_card(
     """The card of an adapter with this `adapter_config.json` on the model in `base`.
 
     `run` is the run's record, {} for an adapter from elsewhere. Raises ConfigError for a base that cannot be served,
-    and NotServable when its weights are not those the run trained on.
+    and NotServable when its weights, tokenizer or chat template are not those the run trained with.
     """
     check_model_folder(base)
     renderer = ChatRenderer.load(base)
-    template = "" if renderer.template is None else renderer.template.source
+    text = checked_text(run, base)
     model_type = str(read_json_object(base / "config.json").get("model_type"))
     return AdapterCard(
         base_model=base_name,
         base_weights_hash=checked_base_hash(run.get("base_weights_hash"), base, cache_path),
-        tokenizer_hash=text_hash((base / "tokenizer.json").read_text(encoding="utf-8")),
-        chat_template_hash=text_hash(template),
+        tokenizer_hash=text.tokenizer_hash,
+        chat_template_hash=text.chat_template_hash,
         default_system_prompt_hash=text_hash(_default_system_prompt(renderer)),
         stop_token_ids=_stop_ids(base, renderer),
         method=str(adapter_config["peft_type"]).lower(),
@@ -49,6 +50,18 @@ def checked_base_hash(trained_on: str | None, base: Path, cache_path: Path | Non
     found = weights_hash(base, cache_path=cache_path)
     if trained_on and trained_on != found:
         raise NotServable(f"{base}: its weights are not those the run trained on; name the right base with --base")
+    return found
+
+
+def checked_text(trained_with: Mapping[str, Any], base: Path) -> TextIdentity:
+    """The hashes of the base's tokenizer and template. Raises NotServable when others are known to have been used."""
+    found = text_identity(base)
+    for name, what in (("tokenizer_hash", "tokenizer"), ("chat_template_hash", "chat template")):
+        if trained_with.get(name) and trained_with[name] != getattr(found, name):
+            raise NotServable(
+                f"{base}: its {what} has changed since the run trained with it, so prompts would not be those it "
+                "learned; put the old one back, name the right base with --base, or train again"
+            )
     return found
 
 

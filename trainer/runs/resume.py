@@ -16,6 +16,7 @@ from typing import Any
 from server.errors import ConfigError
 from server.store.hashes import text_hash
 from server.store.names import NameRefused, check_name
+from server.text.identity import TextIdentity
 from trainer.config import TrainConfig
 from trainer.errors import DriftError
 from trainer.runs.checkpoints import (
@@ -51,7 +52,14 @@ FREE = frozenset(
 )
 # Options that name what the hashes hold: a moved folder is no other folder.
 PATHS = frozenset({"model_name_or_path", "train_file", "val_file", "replay_file", "max_samples"})
-HASHES = {"dataset_hash": "the training data", "base_weights_hash": "the base model's weights"}
+HASHES = {
+    "dataset_hash": "the training data",
+    "base_weights_hash": "the base model's weights",
+    "tokenizer_hash": "the base model's tokenizer",
+    "chat_template_hash": "the base model's chat template",
+}
+
+NO_TEXT = TextIdentity("", "")
 
 Say = Callable[[str], None]
 
@@ -66,7 +74,12 @@ class Start:
 
 
 def run_identity(
-    config: TrainConfig, *, dataset_hash: str, base_weights_hash: str, num_processes: int = 1
+    config: TrainConfig,
+    *,
+    dataset_hash: str,
+    base_weights_hash: str,
+    text: TextIdentity = NO_TEXT,
+    num_processes: int = 1,
 ) -> dict[str, Any]:
     """What shapes the weights, as plain JSON values."""
     settings = {key: value for key, value in _plain(config).items() if key not in FREE | PATHS}
@@ -74,6 +87,7 @@ def run_identity(
         **settings,
         "dataset_hash": dataset_hash,
         "base_weights_hash": base_weights_hash,
+        **asdict(text),
         "num_processes": num_processes,
     }
 

@@ -74,7 +74,7 @@ def canonical(path: Path, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", [*THIRTEEN, *OTHERS])
-def test_a_format_gives_its_golden_rows(tmp_path: Path, name: str) -> None:
+def test_thirteen_formats_give_one_canonical_form(tmp_path: Path, name: str) -> None:
     value, golden = (THIRTEEN | OTHERS)[name]
     line = json.dumps(value, ensure_ascii=False)
     pretty = json.dumps([value, value], ensure_ascii=False, indent=2)
@@ -82,7 +82,7 @@ def test_a_format_gives_its_golden_rows(tmp_path: Path, name: str) -> None:
     assert canonical(written(tmp_path / "b.json", pretty), tmp_path) == golden * 2
 
 
-def test_the_thirteenth_ask_and_answer_in_gb18030(tmp_path: Path) -> None:
+def test_thirteen_formats_ask_and_answer_in_gb18030(tmp_path: Path) -> None:
     table = 'department,title,ask,answer\r\n内科,头晕,"我\r\n头晕",多休息\r\n外科,手疼,无,看医生\r\n'
     golden = [
         [("user", "我\r\n头晕"), ("assistant", "多休息"), "内科"],

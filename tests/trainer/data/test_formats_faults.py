@@ -72,7 +72,7 @@ FAULTS: list[tuple[str, bytes]] = [
 ]  # fmt: skip
 
 
-def test_a_thousand_rows_with_37_faults_give_exactly_37_ledger_lines(tmp_path: Path) -> None:
+def test_every_lost_row_is_named(tmp_path: Path) -> None:
     assert len(FAULTS) == 37
     lines = [line(asked(f"答案 {i}")) for i in range(1000 - len(FAULTS))]
     planted = {}

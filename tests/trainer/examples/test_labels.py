@@ -46,7 +46,7 @@ def learned_text(renderer: ChatRenderer, example: Example) -> str:
     system=st.none() | TEXTS,
     loss_on=st.sampled_from(["assistant", "last"]),
 )
-def test_labels_are_exactly_the_answers_and_their_stop_tokens(
+def test_labels_are_proven(
     renderer: ChatRenderer, turns: list[tuple[str, str]], system: str | None, loss_on: Any
 ) -> None:
     row = chat(*(text for turn in turns for text in turn), system=system)
@@ -64,7 +64,7 @@ def _round_trip(renderer: ChatRenderer, token_ids: list[int]) -> str:
     return b"".join(map(renderer.tokenizer.token_bytes, token_ids)).decode()
 
 
-def test_the_default_system_prompt_is_the_server_s(renderer: ChatRenderer) -> None:
+def test_the_training_prompt_is_the_serving_prompt(renderer: ChatRenderer) -> None:
     (example,), _ = examples_of([chat("你是谁？", "我是演示助手。")], ChatLabels(renderer, LIMITS))
     default = renderer.render_text([{"role": "user", "content": "你是谁？"}])
     assert _round_trip(renderer, example.token_ids).startswith(default)

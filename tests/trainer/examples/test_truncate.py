@@ -30,7 +30,7 @@ def chat(*texts: str, system: str = "") -> list[Message]:
     source=st.none() | st.integers(10, 150),
     target=st.none() | st.integers(3, 60),
 )
-def test_whatever_is_cut_the_structure_stays(
+def test_truncation_keeps_the_structure(
     renderer: ChatRenderer,
     texts: list[tuple[str, str]],
     system: str,

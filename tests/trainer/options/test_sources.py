@@ -112,7 +112,7 @@ def has(resolved: Resolved, **expected: Any) -> None:
     assert {key: getattr(resolved.config, key) for key in expected} == expected
 
 
-def test_a_full_fine_tuning_in_json() -> None:
+def test_source_configs_run_as_written_in_json() -> None:
     Path("full.json").write_text(json.dumps(FULL_SFT))
     resolved = resolve(Path("full.json"), machine=GPU)
     has(
@@ -148,7 +148,7 @@ def test_the_same_on_a_cpu_stops_by_name_or_runs_in_fp32() -> None:
     assert sum("cpu_ok" in note for note in resolved.notes) == 2
 
 
-def test_a_p_tuning_script_with_its_constants() -> None:
+def test_source_configs_run_as_written_in_a_script() -> None:
     resolved = script(PTUNING, "DATASET_PATH=data.jsonl", "BASE_MODEL_PATH=THUDM/chatglm3-6b")
     has(
         resolved,
@@ -207,7 +207,7 @@ def test_variables_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("has_info", [True, False])
-def test_llama_factory_s_flags_and_its_datasets(has_info: bool) -> None:
+def test_source_configs_run_as_written_with_llama_factory_s_flags(has_info: bool) -> None:
     folder = Path("some data")
     folder.mkdir()
     file = folder / ("law.json" if has_info else "lawyerllama.json")

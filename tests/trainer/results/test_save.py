@@ -57,6 +57,12 @@ def test_a_card_is_refused_for_a_base_that_was_not_trained_on(base: Path) -> Non
         make_card({"peft_type": "LORA", "r": 4}, base, "b", {"base_weights_hash": "0" * 64})
 
 
+@pytest.mark.parametrize(("name", "what"), [("tokenizer_hash", "tokenizer"), ("chat_template_hash", "chat template")])
+def test_a_card_is_refused_for_a_text_side_that_was_not_trained_with(base: Path, name: str, what: str) -> None:
+    with pytest.raises(NotServable, match=f"its {what} has changed since the run trained with it"):
+        make_card({"peft_type": "LORA", "r": 4}, base, "b", {name: "0" * 64})
+
+
 def test_what_fails_half_way_leaves_the_old_folder_and_nothing_else(base: Path, tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     save_adapter(trained(base), "b", target)

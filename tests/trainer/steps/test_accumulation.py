@@ -78,7 +78,7 @@ def assert_same(first: Path, second: Path) -> None:
         assert len(curves[0]) == 4 and curves[0] == pytest.approx(curves[1], abs=1e-4), key
 
 
-def test_every_layout_of_a_step_gives_the_same_weights(options: dict[str, Any], tmp_path: Path) -> None:
+def test_accumulation_is_exact(options: dict[str, Any], tmp_path: Path) -> None:
     first = run_single(options | LAYOUTS["8x1"], tmp_path / "first")
     untrained = load_file(Path(options["model_name_or_path"]) / "model.safetensors")
     trained = load_file(first / "model" / "model.safetensors")
@@ -88,7 +88,7 @@ def test_every_layout_of_a_step_gives_the_same_weights(options: dict[str, Any], 
 
 
 @pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_two_ranks_give_the_weights_of_one_process(options: dict[str, Any], tmp_path: Path, packing: bool) -> None:
+def test_ranks_are_exact(options: dict[str, Any], tmp_path: Path, packing: bool) -> None:
     first = run_single(options | LAYOUTS["8x1"], tmp_path / "one")
     values = options | RANKS | {"packing": packing, "run_id": "two"}
     script = tmp_path / "script.py"
