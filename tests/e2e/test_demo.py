@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterator
 
 import openai
@@ -26,8 +27,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervised]:
     built = home_path()
     assert (built / "models" / BASE).is_dir(), "run `make demo` first"
     home = tmp_path_factory.mktemp("demo-home")
-    for name in ("models", "adapters", "cache"):
+    for name in ("models", "cache"):
         (home / name).symlink_to(built / name)
+    # Of the adapters this one: others may have been published there.
+    shutil.copytree(built / "adapters" / ADAPTER, home / "adapters" / ADAPTER, symlinks=True)
     with running(Supervised(home, ROOT, {"QLOOP_ENGINE": "hf", "QLOOP_NUM_THREADS": "1"})) as service:
         yield service
 
