@@ -19,6 +19,8 @@ HERE = Path(__file__).resolve().parent
 AGREEMENT = HERE / "agreement.json"
 METHODS = HERE / "methods.json"
 
+Cell = dict[str, Any]
+
 
 def settings_table() -> str:
     rows = ["| Variable | Option | Default | Meaning |", "|---|---|---|---|"]
@@ -40,62 +42,51 @@ def signal_table() -> str:
 def agreement_table() -> str:
     """Families x adapter methods: how many greedy tokens were compared with the stock libraries', all of them equal."""
     result = json.loads(AGREEMENT.read_text("utf-8"))
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    columns = list(next(iter(result["cells"].values())))
-    rows = [
-        f"Run on {result['date']} ({result['machine']}; {versions}), each with " + "; ".join(result["variants"]) + ".",
-        "",
-        f"| Family | {' | '.join(columns)} |",
-        "|---|" + "---|" * len(columns),
-    ]
-    rows += [
-        f"| {family} | {' | '.join(_agreement_cell(cells[column]) for column in columns)} |"
-        for family, cells in result["cells"].items()
-    ]
-    refusals = [
-        f"\nPEFT: no — {family}, {column}: `{cell['peft_raised']}`"
-        for family, cells in result["cells"].items()
-        for column, cell in cells.items()
-        if "peft_raised" in cell
-    ]
-    return "\n".join([*rows, *refusals])
+    note = ", each with " + "; ".join(result["variants"]) + "."
+    return _grid(result, note, _agreement_cell, refused="PEFT: no", reason="peft_raised")
 
 
-def _agreement_cell(cell: dict[str, Any]) -> str:
-    return "PEFT: no" if "peft_raised" in cell else f"{cell['num_compared']} of {cell['num_tokens']}"
+def _agreement_cell(cell: Cell) -> str:
+    return f"{cell['num_compared']} of {cell['num_tokens']}"
 
 
 def methods_table() -> str:
     """Families x training methods: who serves the result, and how many of its greedy tokens were compared."""
     result = json.loads(METHODS.read_text("utf-8"))
+    gaps: dict[str, float] = {}
+    for cells in result["cells"].values():
+        for column, cell in cells.items():
+            gaps[column] = max(gaps.get(column, 0.0), cell["reload_gap"])
+    exact = max(gap for column, gap in gaps.items() if "int8" not in column)
+    note = (
+        f". Loading changed a loss by {exact:.0e} at most, and by {max(gaps.values()):.0e} in int8, which rounds by "
+        "what else is in a batch."
+    )
+    return _grid(result, note, _methods_cell, refused="refused", reason="refused")
+
+
+def _methods_cell(cell: Cell) -> str:
+    return f"{', '.join(cell['engines']) or 'merged'}: {cell['num_compared']} of {cell['num_tokens']}"
+
+
+def _grid(result: dict[str, Any], note: str, show: Callable[[Cell], str], *, refused: str, reason: str) -> str:
+    """A run's cells, a row for each family; what could not be done says `refused`, and below why (`cell[reason]`)."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     columns = list(next(iter(result["cells"].values())))
-    gaps = {column: max(cells[column]["reload_gap"] for cells in result["cells"].values()) for column in columns}
-    exact = max(gap for column, gap in gaps.items() if "int8" not in column)
     rows = [
-        f"Run on {result['date']} ({result['machine']}; {versions}). Loading changed a loss by "
-        f"{exact:.0e} at most, and by {max(gaps.values()):.0e} in int8, which rounds by what else is in a batch.",
+        f"Run on {result['date']} ({result['machine']}; {versions}){note}",
         "",
         f"| Family | {' | '.join(columns)} |",
         "|---|" + "---|" * len(columns),
     ]
-    rows += [
-        f"| {family} | {' | '.join(_methods_cell(cells[column]) for column in columns)} |"
-        for family, cells in result["cells"].items()
-    ]
-    refusals = [
-        f"\nrefused — {family}, {column}: `{cell['refused']}`"
-        for family, cells in result["cells"].items()
-        for column, cell in cells.items()
-        if cell["refused"]
-    ]
+    refusals = []
+    for family, cells in result["cells"].items():
+        texts = [refused if cells[column].get(reason) else show(cells[column]) for column in columns]
+        rows.append(f"| {family} | {' | '.join(texts)} |")
+        refusals += [
+            f"\n{refused} — {family}, {column}: `{cell[reason]}`" for column, cell in cells.items() if cell.get(reason)
+        ]
     return "\n".join([*rows, *refusals])
-
-
-def _methods_cell(cell: dict[str, Any]) -> str:
-    if cell["refused"]:
-        return "refused"
-    return f"{', '.join(cell['engines']) or 'merged'}: {cell['num_compared']} of {cell['num_tokens']}"
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {

@@ -1,6 +1,4 @@
-"""What text side an adapter was trained with, as hashes: the same ones are written by the trainer and compared by the
-engine and by `system_fingerprint`.
-"""
+"""What text side a model folder has, as hashes: kept in an adapter's card, compared when a run resumes or publishes."""
 
 from dataclasses import dataclass
 from pathlib import Path

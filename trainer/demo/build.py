@@ -5,8 +5,6 @@ The cache key covers the corpus, the recipe and the trainer's own code, so an ed
 
 import fcntl
 import json
-import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -89,6 +87,7 @@ def _build(home: Home, work: Path, recipe: Recipe, corpus_folder: Path, key: str
     import torch
 
     from trainer.publish import publish
+    from trainer.results.save import replace_folder
     from trainer.train import train
 
     torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
@@ -141,7 +140,7 @@ def _build(home: Home, work: Path, recipe: Recipe, corpus_folder: Path, key: str
     )
     adapter = train(third, inner, title="4/5 adapter")
     _say("5/5 publish")
-    _install(model, home.models / MODEL_NAME)
+    replace_folder(model, home.models / MODEL_NAME)
     entry = publish(adapter.path, ADAPTER_NAME, home, base=str(home.models / MODEL_NAME))
     write_json(home.models / MODEL_NAME / STAMP_NAME, {"key": key, "revision": entry.revision})
     _remove_orphans(home)
@@ -169,16 +168,6 @@ def _bf16() -> bool | None:
     import torch
 
     return None if torch.cuda.is_available() else bool(torch.cpu.get_capabilities().get("amx_bf16"))
-
-
-def _install(new: Path, target: Path) -> None:
-    """Replace the folder by renaming; a server that has the old one open keeps it."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(new, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_orphans(home: Home) -> None:

@@ -8,7 +8,7 @@ from server.errors import ConfigError
 from server.store.card import CARD_NAME
 from server.store.home import Home
 from server.store.model_folder import default_served_name, read_json_object, resolve_model
-from server.store.registry import check_adapter_folder
+from server.store.registry import CONFIG_NAME, check_adapter_folder
 from trainer.results.card import run_bits
 from trainer.runs.resume import HASHES
 from trainer.runs.run_folder import read_run
@@ -62,7 +62,7 @@ def find_adapter(folder: Path, home: Home, base: str | None = None) -> FoundAdap
             )
         folder = folder / "adapter"
     check_adapter_folder(folder)
-    config = read_json_object(folder / "adapter_config.json")
+    config = read_json_object(folder / CONFIG_NAME)
     if config.get("task_type") == "SEQ_CLS":
         raise ConfigError(
             f"{folder}: a reward model scores answers and writes none; it is for stage=ppo, as reward_model"

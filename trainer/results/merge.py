@@ -4,7 +4,6 @@ Knows nothing about runs beyond where their adapter lies.
 """
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,15 +16,15 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from server.errors import ConfigError
 from server.store.home import Home
 from server.store.model_folder import check_model_folder, read_model_config
+from server.store.registry import CONFIG_NAME, WEIGHTS_NAME
 from server.store.safetensors_check import read_header
-from server.text.render import ChatRenderer
 from trainer.errors import NotServable
 from trainer.methods.base_model import load_base, saved_dtype
 from trainer.results.adapter_folder import FoundAdapter, find_adapter
 from trainer.results.card import checked_base_hash
-from trainer.results.save import CONFIG, WEIGHTS, write_model, written_aside
+from trainer.results.comparison import largest_gap, logits_of, prompt_ids, same_tokens
+from trainer.results.save import write_model, written_aside
 
-PROMPTS = ("你好，请介绍一下你自己。", "What is the capital of France?", "1 + 1 =")
 # float32 sums in another order; more than this share of the logits' spread is a wrong merge, not rounding.
 EXACT_SHARE = 1e-3
 PROMPT_TYPES = frozenset({"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE"})
@@ -64,7 +63,7 @@ def merge(folder: Path, output: Path, home: Home, *, base: str | None = None, tr
     check_mergeable(found)
     check_model_folder(found.base)
     checked_base_hash(found.trained_on, found.base, home.hash_cache)
-    prompts = _prompt_ids(found.base)
+    prompts = prompt_ids(found.base)
     model = _with_adapter(found, trust)
     expected = logits_of(model, prompts)
     merged = _merged(model, found)
@@ -78,9 +77,9 @@ def merge(folder: Path, output: Path, home: Home, *, base: str | None = None, tr
         output=output,
         base=found.base,
         dtype=str(saved_dtype(found.base)).removeprefix("torch."),
-        exact_gap=_gap(expected, exact),
-        cast_gap=_gap(expected, saved),
-        same_tokens=_same_tokens(expected, saved),
+        exact_gap=largest_gap(expected, exact),
+        cast_gap=largest_gap(expected, saved),
+        same_tokens=same_tokens(expected, saved),
         notes=_notes(found),
     )
 
@@ -95,7 +94,7 @@ def check_mergeable(found: FoundAdapter) -> None:
         )
     if method not in {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}:
         raise ConfigError(
-            f"{found.folder / CONFIG}: peft_type={method!r} is no method of peft {version('peft')}; "
+            f"{found.folder / CONFIG_NAME}: peft_type={method!r} is no method of peft {version('peft')}; "
             "merge it with the library that made it"
         )
     quantized = read_model_config(found.base).get("quantization_config")
@@ -129,10 +128,11 @@ def _with_adapter(found: FoundAdapter, trust: bool) -> Any:
             "base: name that one with --base"
         ) from error
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    missing = sorted(wanted.keys() - read_header(found.folder / WEIGHTS).keys())
+    missing = sorted(wanted.keys() - read_header(found.folder / WEIGHTS_NAME).keys())
     if missing:
         raise ConfigError(
-            f"{found.folder / WEIGHTS}: lacks {len(missing)} of its weights ({missing[0]}, …); copy the adapter again"
+            f"{found.folder / WEIGHTS_NAME}: lacks {len(missing)} of its weights ({missing[0]}, …); "
+            "copy the adapter again"
         )
     return adapted
 
@@ -146,34 +146,10 @@ def _merged(model: Any, found: FoundAdapter) -> Any:
         ) from error
 
 
-def _prompt_ids(base: Path) -> list[list[int]]:
-    tokenizer = ChatRenderer.load(base).tokenizer
-    return [tokenizer.encode_plain(text) for text in PROMPTS]
-
-
-@torch.no_grad()
-def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """float32 `[tokens of all prompts, V]`."""
-    model.eval()
-    rows = []
-    for ids in prompts:
-        token_ids = torch.tensor([list(ids)], device=model.device)
-        rows.append(model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False).logits[0])
-    return torch.cat(rows).float().cpu()
-
-
 def _check_exact(adapter: Path, expected: torch.Tensor, exact: torch.Tensor) -> None:
-    gap, spread = _gap(expected, exact), float(expected.max() - expected.min())
+    gap, spread = largest_gap(expected, exact), float(expected.max() - expected.min())
     if not gap <= EXACT_SHARE * spread:
         raise NotServable(
             f"{adapter}: merged in float32 it computes something else than base + adapter (logits differ by {gap:.3g}, "
             f"their spread is {spread:.3g}); nothing was written. Serve the adapter with the hf engine instead"
         )
-
-
-def _gap(expected: torch.Tensor, found: torch.Tensor) -> float:
-    return float((expected - found).abs().max())
-
-
-def _same_tokens(expected: torch.Tensor, found: torch.Tensor) -> float:
-    return float((expected.argmax(-1) == found.argmax(-1)).float().mean())

@@ -11,9 +11,8 @@ import torch
 
 from server.errors import ConfigError
 from server.store.model_folder import check_model_folder, read_model_config
-from server.text.render import ChatRenderer
 from trainer.methods.base_model import load_base, saved_dtype
-from trainer.results.merge import PROMPTS, logits_of
+from trainer.results.comparison import logits_of, prompt_ids, same_tokens
 from trainer.results.save import written_aside
 from trainer.results.text_files import copy_text_files
 
@@ -48,7 +47,7 @@ def quantize(model: Path, output: Path, bits: int, *, trust: bool = False) -> Qu
     check_model_folder(model)
     if read_model_config(model).get("quantization_config"):
         raise ConfigError(f"{model}: is quantized already; name the 16-bit model")
-    prompts = [ChatRenderer.load(model).tokenizer.encode_plain(text) for text in PROMPTS]
+    prompts = prompt_ids(model)
     dtype = _kept_dtype(model)
     expected = logits_of(load_base(model, dtype=dtype, trust_remote_code=trust), prompts).log_softmax(-1)
     with written_aside(output) as aside:
@@ -60,7 +59,7 @@ def quantize(model: Path, output: Path, bits: int, *, trust: bool = False) -> Qu
         num_bytes=_weight_bytes(output),
         base_bytes=_weight_bytes(model),
         gap=float((expected - found).abs().mean()),
-        same_tokens=float((expected.argmax(-1) == found.argmax(-1)).float().mean()),
+        same_tokens=same_tokens(expected, found),
     )
 
 

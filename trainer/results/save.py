@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from server.store.card import AdapterCard, write_card
 from server.store.hashes import write_json
 from server.store.model_folder import read_json_object
+from server.store.registry import CONFIG_NAME, WEIGHTS_NAME
 from trainer.methods.base_model import saved_dtype
 from trainer.results.text_files import copy_text_files
 
 MakeCard = Callable[[Mapping[str, Any]], AdapterCard]
 StateDict = Mapping[str, torch.Tensor]
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def written_aside(target: Path) -> Iterator[Path]:
         yield aside
         for file in aside.iterdir():
             file.chmod(0o644)  # weights are written for their owner only; a server may run as another user
-        _replace(aside, target)
+        replace_folder(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -69,17 +69,18 @@ def save_adapter(
         first = getattr(model, "first_lora", None)
         if first is not None:
             _subtract_first(aside, first)
-        _tidy(aside / CONFIG, base_name)
+        _tidy(aside / CONFIG_NAME, base_name)
         if card is not None:
-            write_card(aside, card(read_json_object(aside / CONFIG)))
+            write_card(aside, card(read_json_object(aside / CONFIG_NAME)))
 
 
-def _replace(aside: Path, target: Path) -> None:
+def replace_folder(new: Path, target: Path) -> None:
+    """`new` takes the place of `target` by renaming; a server that has the old one open keeps it."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.replace(target, old)
-    os.replace(aside, target)
+    os.replace(new, target)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -104,19 +105,19 @@ def _cast(weights: StateDict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def _subtract_first(folder: Path, first: StateDict) -> None:
     """PiSSA took A0 and B0 out of the base: B A - B0 A0 = [B, -B0] [A; A0], a plain LoRA on the base as it was."""
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS_NAME)
     start = {name.replace(".default.", "."): weight for name, weight in first.items()}
     for name, weight in tensors.items():
         if ".lora_A." in name:
             tensors[name] = torch.cat([weight, start[name].to(weight.dtype)], dim=0)
         elif ".lora_B." in name:
             tensors[name] = torch.cat([weight, -start[name].to(weight.dtype)], dim=1)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = read_json_object(folder / CONFIG)
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    config = read_json_object(folder / CONFIG_NAME)
     # The scale alpha / r, or alpha / sqrt(r), stays what it was.
     factor = 2**0.5 if config.get("use_rslora") else 2
     write_json(
-        folder / CONFIG,
+        folder / CONFIG_NAME,
         {**config, "r": 2 * config["r"], "lora_alpha": config["lora_alpha"] * factor, "init_lora_weights": True},
     )
 
