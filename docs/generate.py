@@ -1,7 +1,8 @@
 """Writes the tables of the documentation that come from the code or from a run. A test runs it too.
 
 `python -m docs.generate`. What the table of agreement says was measured by
-`python -m tests.server.engine.backends.matrix`, which leaves its results in docs/agreement.json; that of methods by
+`python -m tests.server.engine.backends.matrix`, which leaves its results in docs/agreement.json; with vLLM beside it
+`python -m tests.server.engine.backends.vllm_matrix`, in docs/agreement_vllm.json; that of methods by
 `python -m tests.trainer.method_matrix`, in docs/methods.json.
 """
 
@@ -18,6 +19,7 @@ from server.settings import Settings, is_secret, variable
 HERE = Path(__file__).resolve().parent
 AGREEMENT = HERE / "agreement.json"
 METHODS = HERE / "methods.json"
+AGREEMENT_VLLM = HERE / "agreement_vllm.json"
 
 Cell = dict[str, Any]
 
@@ -44,6 +46,17 @@ def agreement_table() -> str:
     result = json.loads(AGREEMENT.read_text("utf-8"))
     note = ", each with " + "; ".join(result["variants"]) + "."
     return _grid(result, note, _agreement_cell, refused="PEFT: no", reason="peft_raised")
+
+
+def agreement_vllm_table() -> str:
+    """Families x adapters for each engine that runs in vLLM's environment."""
+    result = json.loads(AGREEMENT_VLLM.read_text("utf-8"))
+    rows = {
+        f"{family}, `{engine}`": cells
+        for family, engines in result["cells"].items()
+        for engine, cells in engines.items()
+    }
+    return _grid({**result, "cells": rows}, ".", _agreement_cell, refused="PEFT: no", reason="peft_raised")
 
 
 def _agreement_cell(cell: Cell) -> str:
@@ -91,7 +104,7 @@ def _grid(result: dict[str, Any], note: str, show: Callable[[Cell], str], *, ref
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     HERE / "operations.md": {"settings": settings_table, "signals": signal_table},
-    HERE / "engines.md": {"agreement": agreement_table},
+    HERE / "engines.md": {"agreement_vllm": agreement_vllm_table, "agreement": agreement_table},
     HERE / "training.md": {"methods": methods_table},
 }
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
-START_S = 60.0
+START_S = {"fake": 60.0, "hf": 60.0, "vllm": 240.0}
 MODEL = "tiny/chat"  # with a slash, as hub ids have
 
 
@@ -68,6 +68,15 @@ class Service:
         self._num_workers = workers
 
     @property
+    def backend(self) -> str:
+        return self.environment["QLOOP_ENGINE"]
+
+    @property
+    def start_s(self) -> float:
+        """What this engine may take to be ready on a slow machine."""
+        return START_S[self.backend]
+
+    @property
     def socket_path(self) -> Path:
         return self.home / "run" / "engine.sock"
 
@@ -78,9 +87,9 @@ class Service:
     def wait_ready(self) -> "Service":
         """Every worker answers, and has the engine."""
         if self.gunicorn is None:
-            wait_until(self._has_socket, START_S, "the engine's socket")
+            wait_until(self._has_socket, self.start_s, "the engine's socket")
             return self
-        wait_until(self._all_workers_ready, START_S, "ready workers")
+        wait_until(self._all_workers_ready, self.start_s, "ready workers")
         return self
 
     def gauge(self, name: str) -> float:
@@ -98,6 +107,12 @@ class Service:
             if process is not None:
                 _end(process)
         shutil.rmtree(self.home, ignore_errors=True)
+
+    def restart_engine(self) -> None:
+        """Killed, and started again; what it was computing is lost."""
+        self.engine.kill()
+        self.engine.wait()
+        self.engine = self._start("engine", ["-m", "server.engine"])
 
     def _start(self, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
         with (self.home / f"{name}.log").open("wb") as log:

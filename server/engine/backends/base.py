@@ -4,8 +4,9 @@ A backend is single-threaded: every method is called from the core's compute thr
 KV memory and adapters' weights, and knows nothing about sockets, workers or text.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from server.engine.messages import AdapterInfo, EngineStats, Generate, ModelInfo, SequenceOutput
 
@@ -20,9 +21,14 @@ class RequestRefused(Exception):
         self.param = param
 
 
+def unheard(phase: str) -> None:
+    """For loads that nobody watches."""
+
+
 class Backend(Protocol):
-    def load(self) -> ModelInfo:
-        """Load weights; blocking. Raises ConfigError with a cure when the model cannot be served."""
+    def load(self, enter: Callable[[str], None] = unheard) -> ModelInfo:
+        """Load weights; blocking. `enter` hears what is being done. Raises ConfigError, with a cure, for a model that
+        cannot be served."""
 
     def check(self, request: Generate) -> None:
         """Raise RequestRefused if this request could never run here (too long, unknown adapter, bad ids)."""
@@ -53,6 +59,22 @@ class Backend(Protocol):
         """Drop an adapter's weights and return their memory. The core has made sure nothing uses it."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class AdapterProbe(Protocol):
+    """What a backend may offer besides: a last test of an adapter that has just been loaded for the first time."""
+
+    def probe_adapter(self, adapter_id: str) -> None:
+        """Compute a few tokens with and without it. Raises AdapterError when the numbers are not finite, or equal."""
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """What a backend may offer besides, when its `step` waits for other processes."""
+
+    def interrupt(self) -> None:
+        """From any thread: let a `step` that waits, or the next one that would, return at once."""
 
 
 class AdapterError(Exception):

@@ -7,11 +7,13 @@ does not sample: temperature, penalties, bias and seed change nothing. No prefix
 """
 
 import time
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.engine.backends.admission import check_request
-from server.engine.backends.base import AdapterError
+from server.engine.backends.base import AdapterError, unheard
 from server.engine.backends.stop_ids import read_stop_ids
 from server.engine.backends.waiting import WaitingQueue
 from server.engine.messages import (
@@ -28,6 +30,7 @@ from server.store.model_folder import read_model_config
 from server.text.tokenizer_file import read_added_tokens
 
 LONGEST_SLEEP_S = 0.01  # a step returns at least this often, so aborts and heartbeats are never late
+MAX_LATER = 7  # adapters' echoes start this many tokens after the base's, at most
 MAX_CATCH_UP_S = 1.0  # after a pause of the whole process, this much of the schedule is made up for
 
 
@@ -58,13 +61,13 @@ class FakeBackend:
         self._model: ModelInfo | None = None
         self._skipped_ids: frozenset[int] = frozenset()
         self._filler_id = 0
-        self._adapter_ids: set[str] = set()
+        self._adapters: dict[str, int] = {}  # id -> by how many tokens its echo starts later than the base's
         self._waiting: WaitingQueue[_Sequence] = WaitingQueue()
         self._running: list[_Sequence] = []
         self._tick_at = 0.0
         self._num_steps = self._prompt_tokens = self._generated_tokens = self._num_aborted = 0
 
-    def load(self) -> ModelInfo:
+    def load(self, enter: Callable[[str], None] = unheard) -> ModelInfo:
         options = self._options
         config = read_model_config(options.model_path)
         vocab_size, context = config.get("vocab_size"), config.get("max_position_embeddings")
@@ -99,7 +102,7 @@ class FakeBackend:
         return self._model
 
     def check(self, request: Generate) -> None:
-        check_request(request, self.model, self._adapter_ids)
+        check_request(request, self.model, self._adapters)
 
     def add(self, request: Generate) -> None:
         if not self.has_work:
@@ -108,8 +111,9 @@ class FakeBackend:
         model_stops = () if request.params.ignore_eos else self.model.stop_token_ids
         stop_ids = frozenset((*request.params.stop_token_ids, *model_stops))
         plain = [i for i in request.prompt_token_ids if i not in self._skipped_ids] or [self._filler_id]
+        later = 0 if request.adapter is None else self._adapters[request.adapter]
         for index in range(request.n):
-            shift = (index + (request.adapter is not None)) % len(plain)
+            shift = (index + later) % len(plain)
             echo = plain[shift:] + plain[:shift]
             self._waiting.push(request.priority, _Sequence(request, index, echo, stop_ids, deadline))
 
@@ -154,13 +158,17 @@ class FakeBackend:
         )
 
     def load_adapter(self, adapter: AdapterInfo, path: Path) -> None:
-        """Any folder with an `adapter_config.json` will do; its echo starts one token later than the base's."""
+        """Any folder with an `adapter_config.json` will do; its weights decide how much later its echo starts."""
         if not (path / "adapter_config.json").is_file():
             raise AdapterError(f"{path} has no adapter_config.json. Name the folder that the trainer wrote.")
-        self._adapter_ids.add(adapter.id)
+        weights = path / "adapter_model.safetensors"
+        self._adapters[adapter.id] = 1 + zlib.crc32(weights.read_bytes() if weights.is_file() else b"") % MAX_LATER
 
     def unload_adapter(self, adapter_id: str) -> None:
-        self._adapter_ids.discard(adapter_id)
+        self._adapters.pop(adapter_id, None)
+
+    def probe_adapter(self, adapter_id: str) -> None:
+        """There are no numbers that could be wrong, and every adapter starts later than the base."""
 
     def close(self) -> None:
         self._running.clear()

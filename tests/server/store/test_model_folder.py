@@ -1,5 +1,7 @@
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from server.errors import ConfigError
 from server.store.home import Home
 from server.store.model_folder import (
+    DOWNLOAD_PATTERNS,
     INDEX_NAME,
     check_model_folder,
     default_served_name,
@@ -112,3 +115,19 @@ def test_served_names_come_from_folder_or_hub_id(tmp_path: Path, monkeypatch: py
     assert default_served_name(".") == "here"
     with pytest.raises(ConfigError, match="QLOOP_SERVED_MODEL_NAME"):
         default_served_name("/models/我的模型")
+
+
+def test_modelscope_is_asked_where_the_ecosystem_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "True")
+    monkeypatch.setitem(sys.modules, "modelscope", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match="pip install modelscope"):
+        resolve_model("Qwen/Qwen2-0.5B", Home(tmp_path))
+    asked = []
+
+    def download(model: str, revision: str | None = None, allow_patterns: list[str] | None = None) -> str:
+        asked.append((model, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=download))
+    assert resolve_model("Qwen/Qwen2-0.5B", Home(tmp_path), revision="v1") == tmp_path
+    assert asked == [("Qwen/Qwen2-0.5B", "v1", list(DOWNLOAD_PATTERNS))]

@@ -5,7 +5,6 @@ The formats are those of PEFT's save_pretrained. Knows nothing about batches or 
 """
 
 import json
-import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -24,8 +23,6 @@ from server.engine.backends.base import AdapterError
 from server.engine.backends.hf.kv_store import kv_shape
 from server.engine.backends.hf.lora import LoraMatrices
 from server.engine.backends.hf.projection import Ia3Vector
-
-log = logging.getLogger(__name__)
 
 LORA_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 IA3_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.ia3_l")
@@ -145,7 +142,7 @@ def read_adapter(path: Path, shape: ModelShape) -> AdapterWeights:
             "Train it with fewer, or raise QLOOP_MAX_MODEL_LEN if the model allows more."
         )
     if _changes_nothing(weights):
-        log.warning("the adapter in %s changes nothing: it is as it was before training (was it trained?)", path)
+        raise AdapterError(f"{path} changes nothing: it is as it was before training. Train it, and save it again.")
     return weights
 
 

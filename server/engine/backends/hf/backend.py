@@ -10,13 +10,14 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from server.engine.backends.admission import check_request
-from server.engine.backends.base import RequestRefused
+from server.engine.backends.base import AdapterError, RequestRefused, unheard
 from server.engine.backends.hf.adapter_files import read_adapter, with_cells
 from server.engine.backends.hf.adapters import LoadedAdapters
 from server.engine.backends.hf.batch import Batch, Part
@@ -26,7 +27,7 @@ from server.engine.backends.hf.load import load_network
 from server.engine.backends.hf.logprobs import token_logprobs
 from server.engine.backends.hf.memory import return_freed_memory
 from server.engine.backends.hf.options import HfOptions
-from server.engine.backends.hf.probe import PROBE_TOKENS, check_network, measured_budget
+from server.engine.backends.hf.probe import PROBE_TOKENS, check_network, measured_budget, probe_ids, probe_logits
 from server.engine.backends.hf.rows import KvRows
 from server.engine.backends.hf.sampler import choose
 from server.engine.backends.hf.scheduler import Chunk, Scheduler
@@ -50,9 +51,13 @@ class HfBackend:
         self._num_steps = self._prompt_tokens = self._generated_tokens = self._num_aborted = self._cached_tokens = 0
 
     @torch.inference_mode()
-    def load(self) -> ModelInfo:
+    def load(self, enter: Callable[[str], None] = unheard) -> ModelInfo:
         options = self._options
+        enter("hashing the weights")
+        hash_of_weights = weights_hash(options.model_path, cache_path=options.hash_cache_path)
+        enter("loading the weights")
         loaded = load_network(options)
+        enter("trying out the model")
         network, shape = loaded.network, loaded.network.shape
         self._store = KvStore(shape, loaded.num_rows + 1, max(loaded.max_model_len, PROBE_TOKENS))
         self._scratch_row = loaded.num_rows
@@ -75,7 +80,7 @@ class HfBackend:
             max_num_seqs=options.max_num_seqs,
             max_logprobs=options.max_logprobs,
             kv_cache_tokens=loaded.max_cells,
-            weights_hash=weights_hash(options.model_path, cache_path=options.hash_cache_path),
+            weights_hash=hash_of_weights,
         )
         return self.model
 
@@ -164,6 +169,20 @@ class HfBackend:
         if weights.embeddings is not None:
             weights = with_cells(weights, self._cells_of(weights.embeddings))
         self._adapters.attach(adapter.id, weights)
+
+    @torch.inference_mode()
+    def probe_adapter(self, adapter_id: str) -> None:
+        """Compares the logits of a few fixed tokens, which no sequence sees."""
+        slot = self._adapters.slots[adapter_id]
+        cells, without = self._adapters.cells(slot), Part(self._scratch_row, 0, probe_ids(self.model.vocab_size))
+        found = probe_logits(self._network, self._store, replace(without, slot=slot), cells)
+        if not found.isfinite().all():
+            raise AdapterError("with it the model's output is not a number. The training run failed; train again.")
+        if torch.equal(found, probe_logits(self._network, self._store, without, None)):
+            raise AdapterError(
+                f"it has no effect: in {self.model.dtype} the model computes the same with and without it. "
+                "Train it longer or with a higher learning rate."
+            )
 
     @torch.inference_mode()
     def unload_adapter(self, adapter_id: str) -> None:

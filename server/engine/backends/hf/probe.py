@@ -4,6 +4,7 @@ how many prompt tokens does a step have time for.
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -57,6 +58,17 @@ def check_network(network: Network, store: KvStore, expected: Tensor, row: int, 
             f"The hf backend does not compute this model as its own code does (correlation of the logits {least:.3f}). "
             "Try QLOOP_HF_DTYPE=bf16, QLOOP_HF_FORWARD=generic if that is not set, or serve it with vllm."
         )
+
+
+def probe_logits(network: Network, store: KvStore, part: Part, cells: Tensor | None) -> Tensor:
+    """Logits after every token of `part`, float32 `[tokens, V]`; `cells` of virtual tokens come before them."""
+    start = 0 if cells is None else cells.shape[2]
+    if cells is not None:
+        store.put(part.row, cells)
+    token_ids = part.token_ids[: max(store.capacity - start, 1)]
+    logits = network.forward(Batch([replace(part, start=start, token_ids=token_ids, wants_all=True)], store))
+    store.trim(part.row, 0, store.shape.round_up(start + len(token_ids)))
+    return logits.float()
 
 
 def _least_correlation(found: Tensor, expected: Tensor) -> float:

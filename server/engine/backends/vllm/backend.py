@@ -1,0 +1,218 @@
+"""vLLM as a backend: token ids in and out, its own text side left out.
+
+`step` takes what vLLM's engine core, a process of its own, has computed meanwhile. Deadlines are kept here, as vLLM
+has none. Each choice of a request is one of vLLM's requests, as vLLM itself does it.
+"""
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from server.engine.backends.admission import check_request
+from server.engine.backends.base import AdapterError, RequestRefused, unheard
+from server.engine.backends.stop_ids import read_stop_ids
+from server.engine.backends.vllm.options import VllmOptions
+from server.engine.backends.vllm.sequence import Sequence
+from server.engine.messages import AdapterInfo, EngineStats, FinishReason, Generate, ModelInfo, SequenceOutput
+from server.store.hashes import weights_hash
+from server.store.model_folder import read_model_config
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.outputs import RequestOutput
+
+log = logging.getLogger("qloop.engine")
+
+STEP_WAIT_S = 0.1  # a step without news returns after this, so that heartbeats are never late
+PROBE_SIZE = 16  # tokens
+UNSUPPORTED = ("num_beams", "no_repeat_ngram_size")  # the hf backend has both
+
+
+class VllmBackend:
+    """Implements `Backend` over vLLM 0.32."""
+
+    def __init__(self, options: VllmOptions) -> None:
+        self._options = options
+        self._live: dict[tuple[str, int], Sequence] = {}
+        self._news: list[SequenceOutput] = []
+        self._failure: Exception | None = None
+        self._loras: dict[str, LoRARequest] = {}
+        self._lora_numbers = itertools.count(1)  # vLLM keeps what it knows by number: none is ever used twice
+        self._prompt_tokens = self._generated_tokens = self._num_aborted = self._cached_tokens = 0
+
+    def load(self, enter: Callable[[str], None] = unheard) -> ModelInfo:
+        options = self._options
+        config = read_model_config(options.model_path)
+        enter("hashing the weights")
+        hash_of_weights = weights_hash(options.model_path, cache_path=options.hash_cache_path)
+        enter("importing vLLM")
+        from server.engine.backends.vllm.lora import model_shape_of
+        from server.engine.backends.vllm.runtime import Runtime
+
+        log.info("starting vLLM's engine core for %s", options.model_path)
+        enter("vLLM loads the weights")
+        self._runtime = Runtime(options)
+        vllm = self._runtime.config
+        max_model_len = int(vllm.model_config.max_model_len)
+        self._shape = model_shape_of(options.model_path, max_model_len, options.trust_remote_code)
+        self.model = ModelInfo(
+            name=options.served_name,
+            path=str(options.model_path),
+            backend="vllm",
+            dtype=str(vllm.model_config.dtype).removeprefix("torch."),
+            max_model_len=max_model_len,
+            vocab_size=int(vllm.model_config.get_vocab_size()),
+            stop_token_ids=read_stop_ids(options.model_path, config),
+            max_num_seqs=int(vllm.scheduler_config.max_num_seqs),
+            max_logprobs=options.max_logprobs,
+            kv_cache_tokens=int(vllm.cache_config.num_gpu_blocks or 0) * int(vllm.cache_config.block_size),
+            weights_hash=hash_of_weights,
+            unsupported_params=UNSUPPORTED,
+        )
+        return self.model
+
+    def check(self, request: Generate) -> None:
+        check_request(request, self.model, self._loras)
+        self._runtime.check(request, self.model)
+
+    def add(self, request: Generate) -> None:
+        deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
+        lora = None if request.adapter is None else self._loras[request.adapter]
+        sequences = [Sequence(request, index, deadline, self._receive) for index in range(request.n)]
+        if not self._live:
+            self._runtime.progress.last_step = time.monotonic()  # it had no reason to make one before
+        self._live.update((sequence.key, sequence) for sequence in sequences)
+        try:
+            self._runtime.add(sequences, self.model, lora)
+        except RequestRefused as refused:
+            self._news += [sequence.end(FinishReason.ERROR, refused.message) for sequence in self._take_out(sequences)]
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        matching = self._matching(lambda s: s.request.request_id == request_id and index in (None, s.index))
+        gone = {sequence.key for sequence in self._take_out(matching)}
+        self._news = [news for news in self._news if (news.request_id, news.index) not in gone]
+        self._num_aborted += len(gone)
+
+    def step(self) -> list[SequenceOutput]:
+        news = [*self._take_news(), *self._expire()]
+        if self._live and not news:
+            self._runtime.wait(self._patience())
+        if self._failure is not None:
+            raise self._failure
+        if self._live or self._runtime.is_lost:
+            self._runtime.check_alive()
+        return news + self._take_news()
+
+    def interrupt(self) -> None:
+        self._runtime.interrupt()
+
+    @property
+    def has_work(self) -> bool:
+        """Also when the engine core died idle: then the next step says so."""
+        return bool(self._live or self._news) or self._runtime.is_lost
+
+    @property
+    def stats(self) -> EngineStats:
+        progress, total = self._runtime.progress, self.model.kv_cache_tokens
+        num_started = sum(sequence.has_started for sequence in self._live.values())
+        num_running = min(max(num_started, progress.num_running), len(self._live))
+        return EngineStats(
+            num_running=num_running,
+            num_waiting=len(self._live) - num_running,
+            kv_tokens_used=round(progress.mean_kv_usage * total) if self._live else 0,
+            kv_tokens_total=total,
+            num_steps=progress.num_steps,
+            prompt_tokens_total=self._prompt_tokens,
+            generated_tokens_total=self._generated_tokens,
+            num_aborted=self._num_aborted,
+            num_preempted=progress.num_preempted,
+            cached_tokens_total=self._cached_tokens,
+        )
+
+    def load_adapter(self, adapter: AdapterInfo, path: Path) -> None:
+        from server.engine.backends.vllm.lora import check_adapter
+
+        if not self._options.max_loras:
+            raise AdapterError("this engine was started without adapters. Restart it with QLOOP_VLLM_ENABLE_LORA=true.")
+        check_adapter(path, self._shape, self._options.max_lora_rank)
+        try:
+            number = adapter.int_id or next(self._lora_numbers)
+            # vLLM knows prefixes by name: with the number in it, they never outlive the weights.
+            self._loras[adapter.id] = self._runtime.add_lora(f"{adapter.id}#{number}", number, path)
+        except Exception as error:
+            if self._runtime.is_lost:
+                raise
+            raise AdapterError(f"{path}: vLLM cannot load it: {error}") from error
+
+    def probe_adapter(self, adapter_id: str) -> None:
+        """Compares the log probabilities of a few fixed tokens with and without it."""
+        found = self._runtime.score(PROBE_SIZE, self.model.vocab_size, self._loras[adapter_id])
+        if any(map(math.isnan, found)):
+            raise AdapterError("with it the model's output is not a number. The training run failed; train again.")
+        if found == self._runtime.score(PROBE_SIZE, self.model.vocab_size, None):
+            raise AdapterError(
+                f"it has no effect: in {self.model.dtype} the model computes the same with and without it. "
+                "Train it longer or with a higher learning rate."
+            )
+
+    def unload_adapter(self, adapter_id: str) -> None:
+        lora = self._loras.pop(adapter_id, None)
+        if lora is not None:
+            self._runtime.remove_lora(lora)
+
+    def close(self) -> None:
+        self._live.clear()
+        self._runtime.close()
+
+    def _receive(self, sequence: Sequence, output: "RequestOutput | Exception") -> None:
+        """Called in vLLM's event loop, which runs only while this backend waits for it."""
+        if isinstance(output, Exception):
+            self._failure = output
+        elif sequence.key in self._live:
+            self._count(sequence, output)
+            news = sequence.news(output)
+            self._news.append(news)
+            self._generated_tokens += len(news.new_token_ids)
+            if news.finish_reason is not None:
+                self._forget(sequence)
+        self._runtime.wake()
+
+    def _count(self, sequence: Sequence, output: "RequestOutput") -> None:
+        if not sequence.has_started:
+            self._prompt_tokens += len(sequence.request.prompt_token_ids)
+            self._cached_tokens += output.num_cached_tokens or 0
+
+    def _patience(self) -> float:
+        """Until the next deadline at most."""
+        deadlines = [s.deadline for s in self._live.values() if s.deadline is not None]
+        return min(STEP_WAIT_S, max(min(deadlines) - time.monotonic(), 0)) if deadlines else STEP_WAIT_S
+
+    def _take_news(self) -> list[SequenceOutput]:
+        news, self._news = self._news, []
+        return news
+
+    def _expire(self) -> list[SequenceOutput]:
+        now = time.monotonic()
+        late = self._take_out(self._matching(lambda s: s.deadline is not None and s.deadline <= now))
+        return [sequence.end(FinishReason.DEADLINE) for sequence in late]
+
+    def _matching(self, matches: Callable[[Sequence], bool]) -> list[Sequence]:
+        return [sequence for sequence in self._live.values() if matches(sequence)]
+
+    def _take_out(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Free sequences that vLLM still computes; nothing comes from them any more."""
+        for sequence in sequences:
+            self._forget(sequence)
+        known = [sequence for sequence in sequences if sequence.vllm_id]
+        if known:
+            self._runtime.abort(known)
+        return sequences
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._live.pop(sequence.key, None)
+        if not self._live:
+            self._runtime.progress.running.clear()  # what it says next is of requests yet to come

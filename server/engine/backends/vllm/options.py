@@ -1,0 +1,40 @@
+"""How to start the vllm backend. Knows names and limits of vLLM's, but does not import it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks
+DEFAULT_LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    model_path: Path
+    served_name: str
+    dtype: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    distributed_executor_backend: Literal["mp", "ray"] | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gib: float = 2.0  # on CPUs
+    max_model_len: int | None = None  # None: the model's own, or what the KV memory holds
+    max_num_seqs: int = 128
+    max_logprobs: int = 20
+    enforce_eager: bool = False
+    prefix_cache: bool = True
+    max_loras: int = 8  # adapters in memory, and in one step; 0: none are served
+    max_lora_rank: int = DEFAULT_LORA_RANK
+    trust_remote_code: bool = False
+    hash_cache_path: Path | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)  # any other field of vLLM's AsyncEngineArgs
+
+
+def lora_rank_for(ranks: list[int]) -> int:
+    """The smallest rank that vLLM can be built for and that holds all of `ranks`; larger ones are slower."""
+    largest = max(ranks, default=DEFAULT_LORA_RANK)
+    return next((rank for rank in LORA_RANKS if rank >= largest), LORA_RANKS[-1])
