@@ -36,6 +36,12 @@ class Service:
     api: Sequence[psutil.Process]
     others: Mapping[str, psutil.Process]
 
+    def family(self) -> list[psutil.Process]:
+        """All its processes, and what they started."""
+        roots = {process.pid: process for process in (*self.api, *self.others.values())}
+        roots |= {child.pid: child for process in list(roots.values()) for child in process.children(recursive=True)}
+        return list(roots.values())
+
     def cpu_s(self) -> dict[str, float]:
         """User + system seconds so far: `api` is the sum over the API processes."""
         named = {name: _cpu_s(process) for name, process in self.others.items()}
@@ -43,8 +49,16 @@ class Service:
 
 
 @contextlib.contextmanager
-def qloop(model: Path, port: int, *, workers: int = 2, gunicorn_args: str = "", **settings: str) -> Iterator[Service]:
-    """Our service with the fake backend; `settings` are QLOOP_ variables in lower case."""
+def qloop(
+    model: Path,
+    port: int,
+    *,
+    workers: int = 2,
+    gunicorn_args: str = "",
+    python: Path = Path(sys.executable),
+    **settings: str,
+) -> Iterator[Service]:
+    """Our service, with the fake backend unless told otherwise; `settings` are QLOOP_ variables in lower case."""
     own = {"model": str(model.absolute()), "port": str(port), "engine": "fake", "workers": str(workers)}
     with tempfile.TemporaryDirectory(prefix="qb") as home:  # short: a Unix socket's path may have 107 bytes
         environment = {
@@ -55,7 +69,9 @@ def qloop(model: Path, port: int, *, workers: int = 2, gunicorn_args: str = "", 
             "PYTHONPATH": str(ROOT),
         }
         environment.pop("PROMETHEUS_MULTIPROC_DIR", None)
-        with _running([sys.executable, "-m", "server"], environment, Path(home), f"{_url(port)}/readyz") as process:
+        with _running(
+            [str(python.absolute()), "-m", "server"], environment, Path(home), f"{_url(port)}/readyz"
+        ) as process:
             yield _qloop_service(process, port, model.name, workers)
 
 
@@ -77,14 +93,17 @@ def _role(process: psutil.Process) -> str:
 
 
 @contextlib.contextmanager
-def vllm(python: Path, model: Path, port: int, max_num_seqs: int, *, is_quiet: bool) -> Iterator[Service]:
+def vllm(
+    python: Path, model: Path, port: int, max_num_seqs: int, *, is_quiet: bool, on_all_cores: bool = False
+) -> Iterator[Service]:
     """vLLM's server with random weights and one API process, as it ships, or `is_quiet`: without metrics and logs.
 
     Its engine computes on all cores but one: an API process that has to fight for a core falls behind the engine and
-    sends several tokens in one chunk, which is cheaper for each token and cannot be compared.
+    sends several tokens in one chunk, which is cheaper for each token and cannot be compared. `on_all_cores` is for
+    speed.
     """
     cores = sorted(os.sched_getaffinity(0))
-    compute = cores[:-1] or cores
+    compute = cores if on_all_cores else cores[:-1] or cores
     environment = {
         **os.environ,
         "VLLM_TARGET_DEVICE": "cpu",

@@ -6,16 +6,19 @@ Speed depends on shapes, not on what was learned. Knows nothing about engines.
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer as TextTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
+
+from benchmarks.tiny_model import CHAT_ML
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY = 24, 896, 14, 2, 4864, 151936
 KV_WIDTH = HIDDEN // HEADS * KV_HEADS
 CONTEXT = 32768
-EOS_ID = 151645
+EOS_ID = 151645  # <|im_end|>, as in Qwen2's vocabulary
 SPREAD = 0.02
 SHORTEST_PROMPT, LONGEST_PROMPT = 24, 88
 LINEARS = {  # of each layer: out, in
@@ -128,16 +131,16 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """One token: engines work on ids, but a model folder has to hold a tokenizer."""
-    tokenizer: dict[str, Any] = {
-        "version": "1.0",
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"},
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "?"}
+    """Every id but the three control tokens is whole ASCII text, so that each streamed token is one chunk."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [f"Ġ{number:x}" for number in range(EOS_ID - 2 - len(letters))]
+    vocabulary = {token: number for number, token in enumerate([*letters, *words])}
+    tokenizer = TextTokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    assert tokenizer.token_to_id("<|im_end|>") == EOS_ID
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "chat_template.jinja").write_text(CHAT_ML)

@@ -15,7 +15,7 @@ _TEXT = (
 )
 WORDS = _TEXT.split()
 CONTEXT = 2048
-_CHAT_ML = (
+CHAT_ML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
@@ -31,7 +31,7 @@ def write_tiny_model(folder: Path, num_layers: int = 2) -> Path:
     _write_json(folder / "generation_config.json", {"eos_token_id": eos_id})
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": CONTEXT}
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
-    (folder / "chat_template.jinja").write_text(_CHAT_ML)
+    (folder / "chat_template.jinja").write_text(CHAT_ML)
     return folder
 
 
