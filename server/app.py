@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from server.api import chat, completions, health, models, tokenize
+from server.api import adapters, chat, completions, health, lora, models, tokenize
 from server.api.serving import Serving
 from server.api.sse import KEEP_ALIVE_INTERVAL_S, BareSend, EventStream
 from server.errors import (
@@ -46,7 +46,7 @@ def create_app(settings: Settings) -> Starlette:
         routes=_routes(),
         middleware=[
             Middleware(ObserveMiddleware),
-            Middleware(ApiKeyMiddleware, keys=settings.api_keys),
+            Middleware(ApiKeyMiddleware, keys=settings.api_keys, admin_keys=settings.admin_keys),
         ],
         exception_handlers={QloopError: _qloop_error, HTTPException: _http_error, Exception: _unexpected_error},
         lifespan=_lifespan,
@@ -64,6 +64,13 @@ def _routes() -> list[Route]:
         Route("/v1/models/{model_id:path}", models.retrieve_model),
         Route("/tokenize", tokenize.tokenize, methods=["POST"]),
         Route("/detokenize", tokenize.detokenize, methods=["POST"]),
+        Route("/v1/adapters", adapters.list_adapters),
+        Route("/v1/adapters", adapters.load_adapter, methods=["POST"]),
+        Route("/v1/adapters/{adapter_id}", adapters.unload_adapter, methods=["DELETE"]),
+        Route("/v1/adapters/{name}/promote", adapters.promote_adapter, methods=["POST"]),
+        Route("/v1/adapters/{name}/rollback", adapters.rollback_adapter, methods=["POST"]),
+        Route("/v1/load_lora_adapter", lora.load_lora_adapter, methods=["POST"]),
+        Route("/v1/unload_lora_adapter", lora.unload_lora_adapter, methods=["POST"]),
         Route("/livez", health.livez),
         Route("/readyz", health.readyz),
         Route("/metrics", health.metrics),

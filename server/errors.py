@@ -4,9 +4,11 @@
     ├── ClientError          the caller can mend it (4xx)
     │   ├── InvalidRequest       400  wrong type, value or combination; names the parameter
     │   ├── Unauthorized         401
+    │   ├── PermissionDenied     403
     │   ├── ModelNotFound        404
     │   ├── RouteNotFound        404
     │   ├── MethodNotAllowed     405
+    │   ├── Conflict             409
     │   ├── BodyTooLarge         413
     │   └── RateLimited          429
     └── ServerError          the operator can mend it, or time will (5xx)
@@ -62,6 +64,11 @@ class Unauthorized(ClientError):
     default_code = "invalid_api_key"
 
 
+class PermissionDenied(ClientError):
+    status = 403
+    default_code = "permission_denied"
+
+
 class ModelNotFound(ClientError):
     status = 404
     default_code = "model_not_found"
@@ -75,6 +82,11 @@ class RouteNotFound(ClientError):
 class MethodNotAllowed(ClientError):
     status = 405
     default_code = "method_not_allowed"
+
+
+class Conflict(ClientError):
+    status = 409
+    default_code = "conflict"
 
 
 class BodyTooLarge(ClientError):

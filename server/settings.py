@@ -22,6 +22,7 @@ from server.errors import ConfigError
 
 PREFIX = "QLOOP_"
 DEMO_MODEL = "qwen2-demo"
+MODELSCOPE_VARIABLE = "VLLM_USE_MODELSCOPE"
 CONFIG_VARIABLE = "QLOOP_CONFIG"
 UNIX_PATH_BYTES = 107  # sun_path, unix(7)
 
@@ -29,6 +30,24 @@ UNIX_PATH_BYTES = 107  # sun_path, unix(7)
 def _split(value: Any) -> Any:
     """`a, b` -> ("a", "b"): lists are comma-separated in the environment."""
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _parse_object(value: Any) -> Any:
+    """JSON text -> what it says; the field's type then asks for an object."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def _refuse_bitsandbytes(value: Any) -> Any:
+    if value in ("bitsandbytes", "bnb", "nf4"):
+        raise ValueError(
+            "vLLM 0.32 has no bitsandbytes; serve it with QLOOP_ENGINE=hf and QLOOP_HF_DTYPE=nf4 or bnb-int8"
+        )
+    return value
 
 
 class Settings(BaseModel):
@@ -47,12 +66,21 @@ class Settings(BaseModel):
         description="Accepted API keys, comma-separated. Unset: no key is asked for.",
         json_schema_extra={"secret": True},
     )
+    admin_keys: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+        (),
+        description="Keys for the operator's routes (adapters), comma-separated; they open the others, too. Unset: API "
+        "keys do.",
+        json_schema_extra={"secret": True},
+    )
     allow_unauthenticated: bool = Field(False, description="Allow a non-loopback host without API keys.")
     unknown_params: Literal["strict", "warn"] = Field(
         "strict", description="Unknown request parameters: refuse (400), or ignore and list them in X-Ignored-Params."
     )
     max_body_mib: float = Field(16, gt=0, description="Largest request body in MiB; more is answered 413.")
-    engine: Literal["auto", "hf", "fake"] = Field("auto", description="Backend that computes tokens.")
+    engine: Literal["auto", "vllm", "hf", "fake"] = Field(
+        "auto",
+        description="Backend that computes tokens; auto: vllm where it is installed and there is a GPU, else hf.",
+    )
     engine_socket: Path | None = Field(
         None, description="Unix socket of the engine. Unset: run/engine.sock in the home."
     )
@@ -71,16 +99,60 @@ class Settings(BaseModel):
         description="Our own matrix kernels in the hf backend: auto (compiled by gcc at the first start, where the CPU "
         "has AMX), or off.",
     )
+    vllm_dtype: Literal["auto", "bf16", "fp32", "fp16"] = Field(
+        "auto", description="Weights' type in the vllm backend; auto is the checkpoint's."
+    )
+    vllm_quantization: Annotated[
+        Literal["awq", "gptq", "compressed-tensors", "fp8", "int8"] | None, BeforeValidator(_refuse_bitsandbytes)
+    ] = Field(
+        None,
+        description="Quantization in the vllm backend: awq, gptq, compressed-tensors (as the checkpoint is), fp8, or "
+        "int8 (weights only). Unset: what the checkpoint says.",
+    )
+    vllm_kv_cache_dtype: Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"] = Field(
+        "auto", description="Type of keys and values in the vllm backend; auto is the model's."
+    )
+    vllm_tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share each layer (vllm backend).")
+    vllm_pipeline_parallel_size: int = Field(1, ge=1, description="Groups of GPUs that share out the layers (vllm).")
+    vllm_data_parallel_size: int = Field(1, ge=1, description="Copies of the model that share the requests (vllm).")
+    vllm_distributed_executor_backend: Literal["mp", "ray"] | None = Field(
+        None, description="What starts vLLM's workers: mp (processes of this machine) or ray. Unset: vLLM's choice."
+    )
+    vllm_gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of each GPU's memory that vLLM may use; on CPUs QLOOP_KV_CACHE_GIB counts."
+    )
+    vllm_enforce_eager: bool = Field(False, description="No CUDA graphs and no compilation in the vllm backend.")
+    vllm_enable_lora: bool = Field(
+        True, description="Serve adapters in the vllm backend; without it vLLM keeps no memory for them."
+    )
+    vllm_args: Annotated[dict[str, Any], BeforeValidator(_parse_object)] = Field(
+        {},
+        description='More of vLLM\'s engine arguments as a JSON object: `{"block_size": 32}`. Names are checked.',
+    )
     prefix_cache: bool = Field(
-        True, description="Keep the keys and values of prompts for later ones that begin the same (hf backend)."
+        True, description="Keep the keys and values of prompts for later ones that begin the same (hf, vllm)."
     )
     max_model_len: int | None = Field(
         None,
         ge=2,
         description="Longest prompt + answer in tokens. Unset: the model's own, or what the KV memory holds.",
     )
-    kv_cache_gib: float = Field(2.0, gt=0, description="Memory for keys and values in GiB (hf backend).")
+    kv_cache_gib: float = Field(
+        2.0, gt=0, description="Memory for keys and values in GiB (hf; vllm where it runs on CPUs)."
+    )
     max_num_seqs: int = Field(128, ge=1, description="Most sequences that run at once.")
+    max_adapters: int = Field(
+        8, ge=1, description="Most adapters with weights in memory at once; those longest unused make room."
+    )
+    max_adapter_rank: int | None = Field(
+        None, ge=1, description="Largest rank of an adapter. Unset: any the engine can."
+    )
+    adapter_roots: Annotated[tuple[Path, ...], BeforeValidator(_split)] = Field(
+        (), description="Folders, comma-separated, from which the API may import adapters by path. Unset: none."
+    )
+    adapter_wait_s: float = Field(
+        30, gt=0, description="Longest a request waits for its adapter to get a place in memory."
+    )
     max_queue: int = Field(256, ge=0, description="Most sequences that wait; more are answered 503 with Retry-After.")
     num_threads: int | None = Field(None, ge=1, description="Compute threads of the engine. Unset: all cores.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with a model folder.")
@@ -184,6 +256,11 @@ def home_path() -> Path:
     return load_settings().settings.home
 
 
+def uses_modelscope() -> bool:
+    """vLLM's and the ecosystem's own switch: hub ids are ModelScope's."""
+    return os.environ.get(MODELSCOPE_VARIABLE, "").lower() in ("1", "true")
+
+
 def prepare_multiprocess_metrics(settings: Settings) -> Path:
     """Name prometheus-client's shared folder in the environment; it must be there before that library is imported."""
     folder = os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", str(settings.home / "run" / "metrics"))
@@ -200,6 +277,36 @@ def prepare_compute_threads() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+
+def prepare_vllm(settings: Settings) -> None:
+    """What vLLM and its child processes read from the environment; to be called before vllm is imported.
+
+    The operator's own choice wins, except where two processes must agree. No usage report leaves the machine.
+    """
+    metrics = engine_metrics_folder(settings)
+    metrics.mkdir(parents=True, exist_ok=True)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would copy the socket and this process's threads
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_CACHE_ROOT": str(settings.home / "cache" / "vllm"),
+        "VLLM_CONFIG_ROOT": str(settings.home / "cache" / "vllm"),
+        "VLLM_LOGGING_LEVEL": "DEBUG" if settings.log_level == "debug" else "WARNING",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    }
+    sizes = (settings.vllm_tensor_parallel_size, settings.vllm_pipeline_parallel_size, settings.vllm_data_parallel_size)
+    if sizes == (1, 1, 1):
+        cores = sorted(os.sched_getaffinity(0))[: settings.num_threads]
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))  # its own choice leaves a core idle
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def engine_metrics_folder(settings: Settings) -> Path:
+    """Where an engine that counts for itself leaves its numbers in prometheus-client's shared files."""
+    return settings.home / "run" / "engine-metrics"
 
 
 def describe(resolved: Resolved) -> str:
@@ -283,6 +390,7 @@ def _absolute(settings: Settings) -> Settings:
         update={
             "home": settings.home.expanduser().resolve(),
             "engine_socket": settings.engine_socket and settings.engine_socket.expanduser().resolve(),
+            "adapter_roots": tuple(root.expanduser().resolve() for root in settings.adapter_roots),
         }
     )
     if len(os.fsencode(settings.socket_path)) > UNIX_PATH_BYTES:
@@ -290,8 +398,10 @@ def _absolute(settings: Settings) -> Settings:
             f"The socket path {settings.socket_path} is longer than the {UNIX_PATH_BYTES} bytes a Unix socket allows: "
             "set QLOOP_ENGINE_SOCKET to a shorter one, such as /tmp/qloop.sock."
         )
-    if any(not key.isascii() or not key.isprintable() for key in settings.api_keys):
-        raise ConfigError("QLOOP_API_KEYS: keys may hold printable ASCII characters only, as HTTP headers do.")
+    if any(not key.isascii() or not key.isprintable() for key in (*settings.api_keys, *settings.admin_keys)):
+        raise ConfigError(
+            "QLOOP_API_KEYS and QLOOP_ADMIN_KEYS: keys may hold printable ASCII characters only, as HTTP headers do."
+        )
     if not settings.is_loopback and not settings.api_keys and not settings.allow_unauthenticated:
         raise ConfigError(
             f"QLOOP_HOST={settings.host} can be reached from other machines and no API key is set. Set QLOOP_API_KEYS, "

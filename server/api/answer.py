@@ -14,7 +14,7 @@ from server.api.choice import Choice, ChoiceOptions, Delta
 from server.api.serving import Serving, Target
 from server.engine.client import Generation
 from server.engine.messages import Generate, SamplingParams, SequenceOutput
-from server.errors import InvalidRequest, QloopError
+from server.errors import InvalidRequest, ModelNotFound, QloopError
 from server.ops.metrics import AnswerTimer
 
 
@@ -80,6 +80,17 @@ class Answer:
 
     async def submit(self) -> None:
         """Returns when the engine has admitted every prompt. Raises the QloopError that refused one."""
+        try:
+            await self._submit_all()
+        except ModelNotFound:
+            # Between looking a name up and asking the engine it may have been promoted, and the old revision unloaded.
+            target = self.serving.resolve(self.target.model_id)
+            if self._generations or target.adapter_id == self.target.adapter_id:
+                raise
+            self.target = target
+            await self._submit_all()
+
+    async def _submit_all(self) -> None:
         try:
             for number, prompt in enumerate(self.prompts):
                 self._check_length(prompt)

@@ -1,6 +1,6 @@
 """`GET /v1/models` and `/v1/models/{id}` (OpenAI API reference, "Models").
 
-`root`, `parent` and `max_model_len` are as vLLM has them.
+`root`, `parent` and `max_model_len` are as vLLM has them; an adapter shows its revision and scores besides.
 """
 
 from typing import Any
@@ -24,6 +24,7 @@ async def retrieve_model(request: Request) -> JSONResponse:
 
 def _card(serving: Serving, target: Target) -> dict[str, Any]:
     adapter = target.adapter
+    facts = {} if adapter is None else {"revision": adapter.revision, "scores": adapter.scores}
     return {
         "id": target.model_id,
         "object": "model",
@@ -32,4 +33,5 @@ def _card(serving: Serving, target: Target) -> dict[str, Any]:
         "root": adapter.id if adapter else serving.model.name,
         "parent": serving.model.name if adapter else None,
         "max_model_len": serving.model.max_model_len,
+        **facts,
     }

@@ -10,10 +10,31 @@ from typing import Any, TypeVar
 import msgspec
 from pydantic import ValidationError
 
-from server.api.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadAdapterRequest,
+    LoadLoraRequest,
+    PromoteRequest,
+    RollbackRequest,
+    TokenizeRequest,
+    UnloadLoraRequest,
+)
 from server.errors import InvalidRequest
 
-Body = TypeVar("Body", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+Body = TypeVar(
+    "Body",
+    ChatRequest,
+    CompletionRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    LoadAdapterRequest,
+    PromoteRequest,
+    RollbackRequest,
+    LoadLoraRequest,
+    UnloadLoraRequest,
+)
 
 
 def parse(kind: type[Body], raw: bytes, *, is_lenient: bool) -> tuple[Body, list[str]]:

@@ -204,3 +204,41 @@ class DetokenizeRequest(_Body):
 
     model: str | None = None
     tokens: list[TokenId]
+
+
+# --- adapters, for operators ---
+
+
+class LoadAdapterRequest(_Body):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    name: str  # or name@revision
+    path: str | None = None
+    pinned: bool | None = None
+    promote: bool | None = None
+
+
+class PromoteRequest(_Body):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    revision: str
+
+
+class RollbackRequest(_Body):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+
+class LoadLoraRequest(_Body):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    is_3d_lora_weight: bool = False
+
+
+class UnloadLoraRequest(_Body):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    lora_name: str
+    lora_int_id: int | None = None

@@ -18,6 +18,9 @@ from server.engine.client import EngineClient
 from server.engine.messages import AdapterInfo, ModelInfo, Ready
 from server.errors import ConfigError, EngineUnavailable, ModelNotFound
 from server.settings import Settings
+from server.store.home import Home
+from server.store.registry import Registry
+from server.text.identity import template_hash
 from server.text.render import ChatRenderer
 
 log = logging.getLogger("qloop.worker")
@@ -32,6 +35,7 @@ class TextSide:
     path: str
     renderer: ChatRenderer
     sampling_defaults: dict[str, Any]  # from generation_config.json, as vLLM takes them
+    template_hash: str
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Serving:
             heartbeat_timeout_s=settings.heartbeat_timeout_s,
             on_ready=self._engine_ready,
         )
+        self.registry = Registry(Home(settings.home).adapters)
         self.started = int(time.time())
         self._text: TextSide | None = None
         self._text_error: str | None = None
@@ -113,7 +118,8 @@ class Serving:
     def fingerprint(self, target: Target) -> str:
         """OpenAI's `system_fingerprint`: same value, same weights, adapter, template and release."""
         model = self.model
-        parts = (server.__version__, model.backend, model.dtype, model.weights_hash, str(target.adapter_id))
+        weights = (model.weights_hash, str(target.adapter_id))
+        parts = (server.__version__, model.backend, model.dtype, *weights, self.text.template_hash)
         return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
     def _engine_ready(self, ready: Ready) -> None:
@@ -137,4 +143,5 @@ def load_text(folder: Path) -> TextSide:
     except ValueError as error:
         raise ConfigError(f"{config_path} is not valid JSON: {error}") from error
     defaults = {name: config[name] for name in _DEFAULT_NAMES if config.get(name) is not None}
-    return TextSide(str(folder), ChatRenderer.load(folder), defaults)
+    renderer = ChatRenderer.load(folder)
+    return TextSide(str(folder), renderer, defaults, template_hash(renderer.template))

@@ -11,23 +11,33 @@ import os
 import signal
 import sys
 import threading
+import time
+from pathlib import Path
 
+from server.engine.adapter_calls import EVERYONE
+from server.engine.adapter_checks import AdapterChecks
+from server.engine.adapter_state import StateFile
 from server.engine.adapters import AdapterTable
 from server.engine.backends import create_backend
 from server.engine.backends.base import Backend
 from server.engine.connections import EngineSocket
-from server.engine.core import EVERYONE, Core, Delivery, Stop
+from server.engine.core import Core, Delivery, RegistryChanged, Stop
+from server.engine.load_phase import LoadReport, phase_path
 from server.engine.messages import PROTOCOL_VERSION, ModelInfo, Ready, StartDrain
 from server.errors import ConfigError
 from server.ops.logging import configure_logging
 from server.settings import Settings, add_arguments, load_settings, prepare_compute_threads
 from server.store.home import Home
 from server.store.registry import Registry
+from server.store.registry_watch import RegistryWatch
+from server.text.identity import text_identity
 
 log = logging.getLogger("qloop.engine")
 
 EXIT_CONFIG = 78  # sysexits.h EX_CONFIG: starting again will not help
 IDLE_POLL_S = 0.1
+REGISTRY_POLL_S = 0.5
+KEEP_S = 1.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,17 +71,22 @@ class Engine:
         self._has_failed = False
         self._core: Core | None = None  # None while loading
         self._drain: asyncio.Task[None] | None = None
+        self._home = Home(settings.home)
 
     async def serve(self) -> int:
         """Returns the exit status: 0 after a stop that was asked for, 1 when the backend failed."""
         self._loop = asyncio.get_running_loop()
         self._install_signals()
-        backend = create_backend(self._settings)
-        model = await self._load(backend)
-        socket = self._start_core(backend, model)
-        server = await socket.listen(self._settings.socket_path)
+        with LoadReport(phase_path(self._settings.socket_path)).loading() as report:
+            report.enter("finding the model")
+            backend = create_backend(self._settings)
+            model = await self._load(backend, report)
+            report.enter("loading adapters")
+            socket = self._start_core(backend, model)
+            server = await socket.listen(self._settings.socket_path)
         thread = threading.Thread(target=self._compute, args=(self._core,), name="compute", daemon=True)
         thread.start()
+        threading.Thread(target=self._watch_registry, args=(self._core,), name="registry", daemon=True).start()
         log.info("engine ready: %s on %s, socket %s", model.name, model.backend, self._settings.socket_path)
         await self._stopped.wait()
         server.close()
@@ -81,20 +96,24 @@ class Engine:
         backend.close()
         return 1 if self._has_failed else 0
 
-    async def _load(self, backend: Backend) -> ModelInfo:
+    async def _load(self, backend: Backend, report: LoadReport) -> ModelInfo:
         """Leaves the process when a signal comes first: loading cannot be interrupted, only abandoned."""
-        loading = asyncio.create_task(asyncio.to_thread(backend.load))
+        loading = asyncio.create_task(asyncio.to_thread(backend.load, report.enter))
         stopped = asyncio.create_task(self._stopped.wait())
-        await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        while not (loading.done() or stopped.done()):
+            report.keep()
+            await asyncio.wait({loading, stopped}, timeout=KEEP_S, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
+            report.leave()
             os._exit(0)
         stopped.cancel()
         return loading.result()
 
     def _start_core(self, backend: Backend, model: ModelInfo) -> EngineSocket:
-        adapters = AdapterTable(Registry(Home(self._settings.home).adapters), model)
-        adapters.load_current(backend)
-        ready = Ready(PROTOCOL_VERSION, os.getpid(), model, adapters.list(), adapters.version, False)
+        settings = self._settings
+        checks = AdapterChecks(model, text_identity(Path(model.path)), settings.max_adapter_rank)
+        state_file = StateFile(self._home.adapter_state(model.weights_hash))
+        adapters = AdapterTable(Registry(self._home.adapters), model, checks, state_file)
         socket = EngineSocket(lambda: ready)
 
         def deliver(deliveries: list[Delivery]) -> None:
@@ -102,8 +121,28 @@ class Engine:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
                 self._loop.call_soon_threadsafe(socket.deliver, deliveries)
 
-        self._core = socket.core = Core(backend, adapters, max_queue=self._settings.max_queue, deliver=deliver)
+        self._core = socket.core = Core(
+            backend,
+            adapters,
+            max_queue=settings.max_queue,
+            deliver=deliver,
+            max_adapters=settings.max_adapters,
+            adapter_wait_s=settings.adapter_wait_s,
+        )
+        self._core.restore_adapters()
+        ready = Ready(PROTOCOL_VERSION, os.getpid(), model, adapters.list(), adapters.version, False)
         return socket
+
+    def _watch_registry(self, core: Core) -> None:
+        """In a thread of its own: a slow disk must not delay a token. It ends with the process."""
+        watch = RegistryWatch(self._home.adapters)
+        seen: object = None
+        while True:
+            published = watch.look()
+            if published != seen:
+                seen = published
+                core.post(EVERYONE, RegistryChanged(list(published)))
+            time.sleep(REGISTRY_POLL_S)
 
     def _compute(self, core: Core) -> None:
         try:

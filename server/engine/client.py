@@ -21,6 +21,7 @@ from server.engine.messages import (
     AdapterInfo,
     AdapterReply,
     Adapters,
+    AdapterStates,
     Draining,
     EngineStats,
     FinishReason,
@@ -28,6 +29,7 @@ from server.engine.messages import (
     Generate,
     Heartbeat,
     Hello,
+    ListAdapters,
     LoadAdapter,
     ModelInfo,
     Outputs,
@@ -40,6 +42,7 @@ from server.engine.messages import (
 )
 from server.engine.transport import FrameError, FrameProtocol
 from server.errors import (
+    Conflict,
     DeadlineExceeded,
     EngineUnavailable,
     InternalError,
@@ -59,6 +62,8 @@ _REJECTIONS: dict[str, type[QloopError]] = {
     "model_not_found": ModelNotFound,
     "overloaded": Overloaded,
     "draining": DrainingError,
+    "deadline_exceeded": DeadlineExceeded,
+    "adapter_busy": Conflict,
 }
 
 
@@ -182,7 +187,7 @@ class EngineClient:
         self._is_ready = False
         self._last_heard = 0.0
         self._requests: dict[str, Generation] = {}
-        self._calls: dict[str, asyncio.Future[AdapterReply]] = {}
+        self._calls: dict[str, asyncio.Future[Any]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     # --- life ---
@@ -252,31 +257,49 @@ class EngineClient:
 
     # --- operator calls ---
 
-    async def load_adapter(self, name: str, revision: str | None = None) -> AdapterInfo:
-        """Returns when every worker routes to it. Raises InvalidRequest with the engine's reason."""
-        return await self._call(lambda call_id: LoadAdapter(call_id, name, revision))
+    async def load_adapter(self, name: str, revision: str | None = None, *, pin: bool | None = None) -> AdapterInfo:
+        """Returns when every worker routes to it. Without a revision: the one that the registry's name means, and the
+        engine's name follows.
 
-    async def unload_adapter(self, name: str, revision: str | None = None) -> AdapterInfo:
-        """Returns when its last request is done and its memory is free. Raises ModelNotFound."""
-        return await self._call(lambda call_id: UnloadAdapter(call_id, name, revision))
+        Raises ModelNotFound, Conflict (it is being unloaded), Overloaded (no slot), or InvalidRequest with the reason.
+        """
+        reply = await self._change(lambda call_id: LoadAdapter(call_id, name, revision, pin))
+        return reply[0]
+
+    async def unload_adapter(
+        self, name: str, revision: str | None = None, *, cancel: bool = False
+    ) -> list[AdapterInfo]:
+        """A revision, or all of a name. Returns when the last request is done and the memory is free.
+
+        `cancel` ends running requests with an error. Raises ModelNotFound.
+        """
+        return await self._change(lambda call_id: UnloadAdapter(call_id, name, revision, cancel))
+
+    async def adapter_states(self) -> AdapterStates:
+        """What only the engine knows of its adapters; which ones it serves is in `adapters`."""
+        states: AdapterStates = await self._call(ListAdapters)
+        return states
 
     def start_drain(self) -> None:
         self._send(StartDrain())
 
-    async def _call(self, make: Callable[[str], msgspec.Struct]) -> AdapterInfo:
+    async def _change(self, make: Callable[[str], msgspec.Struct]) -> list[AdapterInfo]:
+        reply: AdapterReply = await self._call(make)
+        if reply.error is not None:
+            kind = _REJECTIONS.get(reply.error_code or "", InvalidRequest)
+            wait_s = UNAVAILABLE_RETRY_S if kind is Overloaded else None
+            raise kind(reply.error, code=reply.error_code, retry_after_s=wait_s)
+        return reply.adapters
+
+    async def _call(self, make: Callable[[str], msgspec.Struct]) -> Any:
         self._check_available()
         call_id = os.urandom(8).hex()
         self._calls[call_id] = asyncio.get_running_loop().create_future()
         try:
             self._send(make(call_id))
-            reply = await self._calls[call_id]
+            return await self._calls[call_id]
         finally:
             self._calls.pop(call_id, None)
-        if reply.error is not None or reply.adapter is None:
-            raise _REJECTIONS.get(reply.error_code or "", InvalidRequest)(
-                reply.error or "no answer", code=reply.error_code
-            )
-        return reply.adapter
 
     # --- what the engine says ---
 
@@ -298,7 +321,7 @@ class EngineClient:
                 self._become_ready(message)
             case Adapters():
                 self._take_adapters(message.adapters, message.version)
-            case AdapterReply():
+            case AdapterReply() | AdapterStates():
                 if (call := self._calls.get(message.call_id)) and not call.done():
                     call.set_result(message)
             case Draining():

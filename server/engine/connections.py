@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from server.engine.core import EVERYONE, Core, Delivery, Disconnected
+from server.engine.adapter_calls import EVERYONE
+from server.engine.core import Core, Delivery, Disconnected
 from server.engine.messages import (
     PROTOCOL_VERSION,
     AckAdapters,
@@ -41,6 +42,7 @@ class ClientConnection(FrameProtocol):
         super().__init__(ToEngine)
         self._owner = owner
         self.hello: Hello | None = None
+        self.acknowledged = -1  # the newest version of the adapter list that it routes by
         self._is_slow = False
         self._held: dict[tuple[str, int], SequenceOutput] = {}
 
@@ -172,6 +174,7 @@ class EngineSocket:
         self._connections.add(connection)
 
     def acknowledged(self, connection: ClientConnection, version: int) -> None:
+        connection.acknowledged = max(connection.acknowledged, version)
         for wanted, waiting, _, _ in self._unacknowledged:
             if version >= wanted:
                 waiting.discard(connection)
@@ -197,7 +200,8 @@ class EngineSocket:
         """A call is answered only when the next request through any worker finds the change."""
         version = self._adapters.version if self._adapters is not None else 0
         workers = {c for c in self._connections if c.hello is not None and c.hello.role == "worker"}
-        self._unacknowledged.append((version, workers, caller, reply))
+        behind = {worker for worker in workers if worker.acknowledged < version}
+        self._unacknowledged.append((version, behind, caller, reply))
         self._release_replies()
 
     def _release_replies(self) -> None:

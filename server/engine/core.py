@@ -7,33 +7,32 @@ socket: `post` is how the socket side talks to it, `deliver` how it answers, bot
 import logging
 import queue
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
+from server.engine.adapter_calls import EVERYONE, AdapterCalls, Connection
+from server.engine.adapter_desk import AdapterDesk
 from server.engine.adapters import AdapterTable
-from server.engine.backends.base import AdapterError, Backend, RequestRefused
+from server.engine.backends.base import Backend, Interruptible, RequestRefused
+from server.engine.lobby import SHUTTING_DOWN, Lobby
 from server.engine.messages import (
     Abort,
     Accepted,
-    AdapterInfo,
-    AdapterReply,
-    Adapters,
     Draining,
+    EngineStats,
     FinishReason,
     Generate,
     Heartbeat,
+    ListAdapters,
     LoadAdapter,
-    ModelInfo,
     Outputs,
     Rejected,
     SequenceOutput,
     StartDrain,
     UnloadAdapter,
 )
-from server.store.registry import RegistryError
 
 log = logging.getLogger("qloop.engine")
 
@@ -41,13 +40,20 @@ HEARTBEAT_INTERVAL_S = 0.25
 IDLE_WAIT_S = 0.2
 RETRY_AFTER_S = 1
 
-Connection = Hashable
-EVERYONE: Connection = "everyone"
+MAX_ADAPTERS = 8
+ADAPTER_WAIT_S = 30.0
+
 Delivery = tuple[Connection, msgspec.Struct]
 
 
 class Disconnected(msgspec.Struct):
     """The connection is gone: abort what it asked for."""
+
+
+class RegistryChanged(msgspec.Struct):
+    """Something was published, promoted or removed. These are all published names."""
+
+    names: Sequence[str]
 
 
 class Stop(msgspec.Struct):
@@ -64,26 +70,38 @@ class Live:
 
 
 class Core:
-    """Owns which request belongs to which connection, admission, drain and adapter calls."""
+    """Owns which request belongs to which connection, admission and drain."""
 
     def __init__(
-        self, backend: Backend, adapters: AdapterTable, *, max_queue: int, deliver: Callable[[list[Delivery]], None]
+        self,
+        backend: Backend,
+        adapters: AdapterTable,
+        *,
+        max_queue: int,
+        deliver: Callable[[list[Delivery]], None],
+        max_adapters: int = MAX_ADAPTERS,
+        adapter_wait_s: float = ADAPTER_WAIT_S,
     ) -> None:
+        self.model = adapters.model
         self._backend = backend
-        self._adapters = adapters
         self._max_queue = max_queue
         self._deliver = deliver
+        self._interrupt = backend.interrupt if isinstance(backend, Interruptible) else _nothing
         self._inbox: queue.SimpleQueue[tuple[Connection, msgspec.Struct]] = queue.SimpleQueue()
         self._outbox: list[Delivery] = []
         self._requests: dict[str, Live] = {}
-        self._unloads: list[tuple[Connection, str, AdapterInfo]] = []
+        self._lobby = Lobby(adapter_wait_s, want=self._want, start=self._start, reject=self._reject)
+        self._desk = AdapterDesk(backend, adapters, max_adapters, self._is_in_use)
+        self._calls = AdapterCalls(
+            self._desk, adapter_wait_s, send=self._send, is_in_use=self._is_in_use, cancel=self._cancel_adapter
+        )
         self._is_draining = False
         self._is_stopping = False
         self._next_heartbeat = 0.0
 
-    @property
-    def model(self) -> ModelInfo:
-        return self._adapters.model
+    def restore_adapters(self) -> None:
+        """Before `run`: serve what was served before, and what the registry's names mean."""
+        self._desk.restore()
 
     @property
     def is_drained(self) -> bool:
@@ -93,6 +111,7 @@ class Core:
     def post(self, connection: Connection, message: msgspec.Struct) -> None:
         """Hand over a message from any thread."""
         self._inbox.put((connection, message))
+        self._interrupt()
 
     def run(self) -> None:
         """The loop. Returns after Stop; any exception is a defect of the backend and ends the process."""
@@ -100,7 +119,8 @@ class Core:
             self._take_messages()
             if self._backend.has_work:
                 self._route(self._backend.step())
-            self._finish_unloads()
+            self._lobby.visit()
+            self._calls.advance()
             self._beat()
             self._flush()
         self._end_all("The engine was stopped before this answer was complete.")
@@ -128,9 +148,13 @@ class Core:
             case Abort():
                 self._abort(connection, message)
             case LoadAdapter():
-                self._load_adapter(connection, message)
+                self._calls.load(connection, message)
             case UnloadAdapter():
-                self._unload_adapter(connection, message)
+                self._calls.unload(connection, message)
+            case ListAdapters():
+                self._calls.tell(connection, message)
+            case RegistryChanged():
+                self._calls.registry_changed(message.names)
             case Disconnected():
                 self._forget(connection)
             case StartDrain():
@@ -143,40 +167,64 @@ class Core:
     # --- requests ---
 
     def _admit(self, connection: Connection, request: Generate) -> None:
-        refusal = self._refusal(request)
-        if refusal is not None:
-            self._send(connection, refusal)
-            return
+        try:
+            self._check_admission(request)
+            if request.adapter is not None:
+                self._lobby.enter(connection, request, request.adapter)
+            else:
+                self._start(connection, request)
+        except RequestRefused as refused:
+            self._reject(connection, request, refused)
+
+    def _start(self, connection: Connection, request: Generate) -> None:
+        self._backend.check(request)
         self._requests[request.request_id] = Live(connection, request.adapter, set(range(request.n)))
         self._backend.add(request)
         self._send(connection, Accepted(request.request_id, len(request.prompt_token_ids)))
 
-    def _refusal(self, request: Generate) -> Rejected | None:
+    def _check_admission(self, request: Generate) -> None:
+        """Raises RequestRefused."""
         if self._is_draining:
-            return Rejected(request.request_id, "draining", "The server is shutting down.", None, RETRY_AFTER_S)
-        if request.request_id in self._requests:
-            return Rejected(request.request_id, "invalid_request", "This request id is already running.")
+            raise RequestRefused("draining", SHUTTING_DOWN)
+        if request.request_id in self._requests or self._lobby.has(request.request_id):
+            raise RequestRefused("invalid_request", "This request id is already running.")
         most = self._max_queue + self.model.max_num_seqs
         if not 1 <= request.n <= most:
-            message = f"n must be between 1 and {most} on this server, not {request.n}."
-            return Rejected(request.request_id, "invalid_request", message, "n")
-        if request.n > (room := most - self._num_sequences()):
-            message = f"The queue is full: room for {max(room, 0)} more sequences, {request.n} asked for."
-            return Rejected(request.request_id, "overloaded", message, None, RETRY_AFTER_S)
-        if any(request.adapter == adapter.id for _, _, adapter in self._unloads):
-            return Rejected(
-                request.request_id, "model_not_found", f"Adapter {request.adapter} is being unloaded.", "model"
+            raise RequestRefused(
+                "invalid_request", f"n must be between 1 and {most} on this server, not {request.n}.", "n"
             )
-        try:
-            self._backend.check(request)
-        except RequestRefused as refused:
-            return Rejected(request.request_id, refused.code, refused.message, refused.param)
-        return None
+        if request.n > (room := most - self._num_sequences()):
+            raise RequestRefused(
+                "overloaded", f"The queue is full: room for {max(room, 0)} more sequences, {request.n} asked for."
+            )
+
+    def _reject(self, connection: Connection, request: Generate, refused: RequestRefused) -> None:
+        retry_after_s = RETRY_AFTER_S if refused.code in ("draining", "overloaded") else None
+        self._send(
+            connection, Rejected(request.request_id, refused.code, refused.message, refused.param, retry_after_s)
+        )
+
+    # --- adapters ---
+
+    def _want(self, adapter: str, num_ahead: int) -> bool:
+        return self._desk.want(adapter, num_ahead + self._calls.num_waiting)
+
+    def _is_in_use(self, adapter_id: str) -> bool:
+        return any(live.adapter == adapter_id for live in self._requests.values())
+
+    def _cancel_adapter(self, adapter_id: str) -> None:
+        for request_id in [r for r, live in self._requests.items() if live.adapter == adapter_id]:
+            self._backend.abort(request_id)
+            self._end(request_id, self._requests.pop(request_id), f"The adapter {adapter_id} was unloaded.")
+
+    # --- what runs ---
 
     def _num_sequences(self) -> int:
-        return sum(len(live.unfinished) for live in self._requests.values())
+        return sum(len(live.unfinished) for live in self._requests.values()) + self._lobby.num_sequences
 
     def _abort(self, connection: Connection, message: Abort) -> None:
+        if message.index is None:
+            self._lobby.take(lambda w: w.connection == connection and w.request.request_id == message.request_id)
         live = self._requests.get(message.request_id)
         if live is None or live.connection != connection:
             return  # already finished, or not this worker's
@@ -186,6 +234,8 @@ class Core:
             del self._requests[message.request_id]
 
     def _forget(self, connection: Connection) -> None:
+        self._lobby.take(lambda waiting: waiting.connection == connection)
+        self._calls.forget(connection)
         for request_id in [r for r, live in self._requests.items() if live.connection == connection]:
             self._backend.abort(request_id)
             del self._requests[request_id]
@@ -205,53 +255,19 @@ class Core:
 
     def _end_all(self, reason: str) -> None:
         for request_id, live in self._requests.items():
-            items = [SequenceOutput(request_id, i, [], 0, FinishReason.ERROR, error=reason) for i in live.unfinished]
-            self._send(live.connection, Outputs(items))
+            self._end(request_id, live, reason)
         self._requests.clear()
+        self._lobby.close(reason)
+
+    def _end(self, request_id: str, live: Live, reason: str) -> None:
+        items = [SequenceOutput(request_id, i, [], 0, FinishReason.ERROR, error=reason) for i in live.unfinished]
+        self._send(live.connection, Outputs(items))
 
     def _start_drain(self) -> None:
         self._is_draining = True
+        self._lobby.close()
         self._send(EVERYONE, Draining())
         self._next_heartbeat = 0.0  # whoever waits for idleness should learn of it now
-
-    # --- adapters ---
-
-    def _load_adapter(self, connection: Connection, call: LoadAdapter) -> None:
-        if any(a.name == call.name and call.revision in (None, a.revision) for _, _, a in self._unloads):
-            message = f"Adapter {call.name!r} is being unloaded; load it again when that is done."
-            self._send(connection, AdapterReply(call.call_id, "invalid_adapter", message))
-            return
-        try:
-            adapter = self._adapters.load(self._backend, call.name, call.revision)
-        except (AdapterError, RegistryError) as error:
-            self._send(connection, AdapterReply(call.call_id, "invalid_adapter", str(error)))
-            return
-        self._announce(connection, AdapterReply(call.call_id, adapter=adapter))
-
-    def _unload_adapter(self, connection: Connection, call: UnloadAdapter) -> None:
-        adapter = self._adapters.find(call.name, call.revision)
-        if adapter is None:
-            message = f"No adapter {call.name!r} is loaded."
-            self._send(connection, AdapterReply(call.call_id, "model_not_found", message))
-            return
-        # Off the list first, so that no new request can name it; the weights go when the last one is done.
-        self._adapters.hide(adapter)
-        self._unloads.append((connection, call.call_id, adapter))
-
-    def _finish_unloads(self) -> None:
-        if not self._unloads:
-            return
-        in_use = Counter(live.adapter for live in self._requests.values())
-        for entry in [entry for entry in self._unloads if not in_use[entry[2].id]]:
-            connection, call_id, adapter = entry
-            self._unloads.remove(entry)
-            self._backend.unload_adapter(adapter.id)
-            self._announce(connection, AdapterReply(call_id, adapter=adapter))
-
-    def _announce(self, connection: Connection, reply: AdapterReply) -> None:
-        """The new list to all workers, then the reply, which the socket side holds until they acknowledged."""
-        self._send(EVERYONE, Adapters(self._adapters.version, self._adapters.list()))
-        self._send(connection, reply)
 
     # --- sending ---
 
@@ -259,7 +275,17 @@ class Core:
         now = time.monotonic()
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + HEARTBEAT_INTERVAL_S
-            self._send(EVERYONE, Heartbeat(self._backend.stats))
+            self._send(EVERYONE, Heartbeat(self._stats()))
+
+    def _stats(self) -> EngineStats:
+        """The backend's, and what it knows nothing of."""
+        stats = self._backend.stats
+        return msgspec.structs.replace(
+            stats,
+            num_waiting=stats.num_waiting + self._lobby.num_sequences,
+            num_adapters=len(self._desk.residents),
+            num_evicted=self._desk.residents.num_evicted,
+        )
 
     def _send(self, connection: Connection, message: msgspec.Struct) -> None:
         self._outbox.append((connection, message))
@@ -268,3 +294,7 @@ class Core:
         if self._outbox:
             deliveries, self._outbox = self._outbox, []
             self._deliver(deliveries)
+
+
+def _nothing() -> None:
+    """Backends that compute in the core's own thread never wait."""

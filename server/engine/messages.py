@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 
@@ -95,13 +95,21 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One loaded adapter revision. API ids: `name` where `is_current`, and `name@revision`."""
+    """One adapter revision that is served. API ids: `name` where `is_current`, and `name@revision`.
+
+    Its weights may be out of the engine's memory for the time being; a request brings them back.
+    """
 
     name: str
     revision: str
     is_current: bool
     rank: int
     created: int  # unix seconds
+    int_id: int = 0  # for backends that want a number; never given twice, not even to the same revision
+    is_pinned: bool = False  # its weights stay in memory
+    method: str = "lora"
+    base: str = ""  # the base model as it was named in training
+    scores: dict[str, float] = {}  # from its card
 
     @property
     def id(self) -> str:
@@ -119,6 +127,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_aborted: int = 0
     num_preempted: int = 0
     cached_tokens_total: int = 0  # prompt tokens that a kept prefix saved
+    num_adapters: int = 0  # with weights in memory
+    num_evicted: int = 0  # times an adapter's weights made room for another's
 
 
 # --- worker (or supervisor, or trainer) -> engine ---
@@ -151,17 +161,25 @@ class Abort(msgspec.Struct, tag="abort"):
 
 
 class LoadAdapter(msgspec.Struct, tag="load_adapter"):
-    """Load a registry revision; `revision=None` means the name's current one."""
+    """Load a registry revision; `revision=None` means the name's current one, and makes the engine take it over."""
 
     call_id: str
     name: str
     revision: str | None = None
+    pin: bool | None = None  # None leaves it as it is
 
 
 class UnloadAdapter(msgspec.Struct, tag="unload_adapter"):
+    """Stop serving a revision, or without one all of the name's. The registry keeps them."""
+
     call_id: str
     name: str
     revision: str | None = None
+    cancel: bool = False  # end its running requests with an error instead of waiting for them
+
+
+class ListAdapters(msgspec.Struct, tag="list_adapters"):
+    call_id: str
 
 
 class AckAdapters(msgspec.Struct, tag="ack_adapters"):
@@ -174,7 +192,7 @@ class StartDrain(msgspec.Struct, tag="start_drain"):
     """Refuse new requests, finish running ones, keep the process. Supervisor only."""
 
 
-ToEngine = Hello | Generate | Abort | LoadAdapter | UnloadAdapter | AckAdapters | StartDrain
+ToEngine = Hello | Generate | Abort | LoadAdapter | UnloadAdapter | ListAdapters | AckAdapters | StartDrain
 
 
 # --- engine -> worker ---
@@ -202,7 +220,8 @@ class Accepted(msgspec.Struct, tag="accepted"):
 
 
 class Rejected(msgspec.Struct, tag="rejected"):
-    """`code` is one of: context_length_exceeded, model_not_found, invalid_request, overloaded, draining."""
+    """`code` is one of: context_length_exceeded, model_not_found, invalid_request, invalid_adapter, overloaded,
+    draining, deadline_exceeded."""
 
     request_id: str
     code: str
@@ -223,12 +242,25 @@ class Adapters(msgspec.Struct, tag="adapters"):
 
 
 class AdapterReply(msgspec.Struct, tag="adapter_reply"):
-    """Answers Load/UnloadAdapter, after every worker acknowledged the new list."""
+    """Answers Load/UnloadAdapter, after every worker acknowledged the new list.
+
+    `error_code` is one of: model_not_found, invalid_adapter, adapter_busy, overloaded.
+    """
 
     call_id: str
     error_code: str | None = None
     error: str | None = None
-    adapter: AdapterInfo | None = None
+    adapters: list[AdapterInfo] = []
+
+
+class AdapterStates(msgspec.Struct, tag="adapter_states"):
+    """Answers ListAdapters, with ids; what is served comes in `Adapters`."""
+
+    call_id: str
+    max_loaded: int
+    loaded: list[str]  # weights in memory
+    unloading: list[str]  # hidden, and waiting for its last request
+    refused: dict[str, str]  # published, but cannot be served, and why
 
 
 class Draining(msgspec.Struct, tag="draining"):
@@ -241,4 +273,6 @@ class Heartbeat(msgspec.Struct, tag="heartbeat"):
     stats: EngineStats
 
 
-FromEngine = Ready | Refused | Accepted | Rejected | Outputs | Adapters | AdapterReply | Draining | Heartbeat
+FromEngine = (
+    Ready | Refused | Accepted | Rejected | Outputs | Adapters | AdapterReply | AdapterStates | Draining | Heartbeat
+)

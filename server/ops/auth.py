@@ -14,14 +14,20 @@ from server.errors import Unauthorized
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 TENANT = "qloop.tenant"  # key in the ASGI scope: 32 bytes that stand for the API key; absent where none was asked for
+OPERATOR = "qloop.operator"  # key in the ASGI scope: whether the key may change what is served
 
 
 class ApiKeyMiddleware:
-    """Refuses every request without one of the keys, but for OPEN_PATHS. Without keys it lets everything pass."""
+    """Refuses every request without one of the keys, but for OPEN_PATHS. Without API keys it lets everything pass.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    `admin_keys` open everything, too; where there are any, they alone make a caller an operator.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], admin_keys: Sequence[str] = ()) -> None:
         self._app = app
-        self._tenants = {key.encode(): hashlib.sha256(key.encode()).digest() for key in keys}
+        self._tenants = {key.encode(): hashlib.sha256(key.encode()).digest() for key in (*keys, *admin_keys)}
+        self._operators = {self._tenants[key.encode()] for key in admin_keys or keys}
+        self._needs_key = bool(keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not self._tenants or scope["path"] in OPEN_PATHS:
@@ -29,6 +35,8 @@ class ApiKeyMiddleware:
             return
         if (tenant := self._tenant(_credential(scope))) is not None:
             scope[TENANT] = tenant
+            scope[OPERATOR] = tenant in self._operators
+        if tenant is not None or not self._needs_key:
             await self._app(scope, receive, send)
             return
         error = Unauthorized("Missing or unknown API key. Send it as 'Authorization: Bearer KEY'.")

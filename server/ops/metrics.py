@@ -5,6 +5,7 @@ Labels are bounded: routes by their template, models by the ids this server serv
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from prometheus_client import (
@@ -79,6 +80,19 @@ kv_tokens_total = Gauge(
     "qloop_kv_tokens_total", "Tokens of KV memory there are.", multiprocess_mode=_MODE, registry=PROCESS_REGISTRY
 )
 
+adapters_loaded = Gauge(
+    "qloop_adapters_loaded",
+    "Adapters with weights in the engine's memory.",
+    multiprocess_mode=_MODE,
+    registry=PROCESS_REGISTRY,
+)
+adapters_served = Gauge(
+    "qloop_adapters_served",
+    "Adapter revisions that a request may name.",
+    multiprocess_mode=_MODE,
+    registry=PROCESS_REGISTRY,
+)
+
 
 class EngineCounters(Collector):
     """What the engine counts itself. Every worker hears the same totals, so the scraped one's are the service's."""
@@ -96,26 +110,38 @@ class EngineCounters(Collector):
             "Sequences put back into the queue when memory ran out.",
             value=self.stats.num_preempted,
         )
+        yield CounterMetricFamily(
+            "qloop_adapter_evictions",
+            "Times an adapter's weights made room for another's.",
+            value=self.stats.num_evicted,
+        )
 
 
-def exposition(stats: EngineStats) -> bytes:
-    """Prometheus text for the whole service, whichever worker is asked."""
+def exposition(stats: EngineStats, engine_folder: Path) -> bytes:
+    """Prometheus text for the whole service, whichever worker is asked.
+
+    `engine_folder` has the files of an engine that counts for itself, as vLLM does under its own names.
+    """
     registry = CollectorRegistry()
     if ValueClass.__name__ == "MmapedValue":
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     else:
         registry.register(PROCESS_REGISTRY)
     registry.register(EngineCounters(stats))
+    if engine_folder.is_dir():
+        multiprocess.MultiProcessCollector(registry, str(engine_folder))  # type: ignore[no-untyped-call]
     return generate_latest(registry)
 
 
-def observe_engine(stats: EngineStats, is_ready: bool) -> None:
+def observe_engine(stats: EngineStats, is_ready: bool, num_adapters_served: int) -> None:
     """Take over the engine's own numbers; called when scraped, so the newest value is the scraped worker's."""
     engine_ready.set(is_ready)
     sequences_running.set(stats.num_running)
     sequences_waiting.set(stats.num_waiting)
     kv_tokens_used.set(stats.kv_tokens_used)
     kv_tokens_total.set(stats.kv_tokens_total)
+    adapters_loaded.set(stats.num_adapters)
+    adapters_served.set(num_adapters_served)
 
 
 class AnswerTimer:

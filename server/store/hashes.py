@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def folder_hash(folder: Path, names: Sequence[str] = REVISION_FILES) -> str:
+def folder_hash(
+    folder: Path, names: Sequence[str] = REVISION_FILES, *, hash_file: Callable[[Path], str] = file_hash
+) -> str:
     """The revision that names this content: 12 hex digits over the named files' names and bytes."""
     digest = hashlib.sha256()
     for name in names:
-        digest.update(f"{name}\0{file_hash(folder / name)}\n".encode())
+        digest.update(f"{name}\0{hash_file(folder / name)}\n".encode())
     return digest.hexdigest()[:REVISION_LENGTH]
 
 

@@ -18,6 +18,10 @@ class Home:
     def adapters(self) -> Path:
         return self.path / "adapters"
 
+    def adapter_state(self, weights_hash: str) -> Path:
+        """What an engine of that base model must know after a restart and the registry does not say."""
+        return self.path / "engine" / f"adapters-{weights_hash[:12]}.json"
+
     @property
     def runs(self) -> Path:
         return self.path / "runs"

@@ -1,4 +1,4 @@
-"""The adapter registry: `<adapters>/<name>/<revision>/` and the one-line file `<name>/current`.
+"""The adapter registry: `<adapters>/<name>/<revision>/`, the one-line file `<name>/current`, and `<name>/history`.
 
 A revision is named by its content hash, immutable and never overwritten. Writers (API and command line alike) take
 one file lock, write aside in the same file system and rename. Knows nothing about engines: loading is theirs.
@@ -23,11 +23,17 @@ from server.store.safetensors_check import BrokenFile, read_header
 
 CONFIG_NAME, WEIGHTS_NAME = REVISION_FILES
 CURRENT = "current"
+HISTORY = "history"  # what `current` was before, oldest first: one revision a line
+MAX_HISTORY = 100
 _ASIDE = ".aside-"
 
 
 class RegistryError(Exception):
     """An adapter that cannot be published, found or removed; the text says why and what to do."""
+
+
+class UnknownAdapter(RegistryError):
+    """There is no such name, or no such revision of it."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,8 @@ class Registry:
     def __init__(self, adapters_dir: Path) -> None:
         self.path = adapters_dir
 
-    def publish(self, folder: Path, name: str, card: AdapterCard) -> AdapterEntry:
-        """Copy a PEFT adapter folder in as a revision of `name`, and point `name` at it.
+    def publish(self, folder: Path, name: str, card: AdapterCard, *, make_current: bool = True) -> AdapterEntry:
+        """Copy a PEFT adapter folder in as a revision of `name`, and point `name` at it unless told otherwise.
 
         The same content again changes nothing but `current`. Raises RegistryError for an unusable name or folder.
         """
@@ -69,15 +75,44 @@ class Registry:
                     os.replace(aside, target)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
-            write_text(self.path / name / CURRENT, revision + "\n")
+            if make_current:
+                self._point(name, revision, self._history(name))
         return self.get(name, revision)
 
     def promote(self, name: str, revision: str) -> AdapterEntry:
         """Point `name` at one of its revisions; an earlier one is a rollback."""
         with self._lock():
             entry = self.get(name, revision)
-            write_text(self.path / entry.name / CURRENT, entry.revision + "\n")
+            self._point(entry.name, entry.revision, self._history(entry.name))
         return replace(entry, is_current=True)
+
+    def rollback(self, name: str, revision: str) -> AdapterEntry:
+        """Point `name` back at `revision`, which `previous` gave. Going back twice goes two steps.
+
+        Raises RegistryError when somebody else moved the name in between.
+        """
+        with self._lock():
+            entry = self.previous(name)
+            if entry.revision != revision:
+                raise RegistryError(f"adapter {name!r} was moved by somebody else a moment ago; look, and try again")
+            history = self._history(name)
+            kept = history[: len(history) - history[::-1].index(revision) - 1]
+            self._point(entry.name, revision, kept, remember=False)
+        return replace(entry, is_current=True)
+
+    def revisions(self, name: str) -> set[str]:
+        """All that are there, readable or not."""
+        return {path.name for path in self._folders(self.path / _checked(name))}
+
+    def previous(self, name: str) -> AdapterEntry:
+        """The revision that `name` meant before the current one, of those that are still there."""
+        current = self.current(name)
+        for revision in reversed(self._history(name)):
+            if revision != current and (self.path / name / revision).is_dir():
+                return self.get(name, revision)
+        if current is None:
+            raise self._unknown(name)
+        raise UnknownAdapter(f"adapter {name!r} has no earlier revision to go back to")
 
     def entries(self) -> list[AdapterEntry]:
         """All readable revisions, by name, oldest first; unreadable folders are left out (`get` says why)."""
@@ -94,10 +129,10 @@ class Registry:
         current = self.current(name)
         chosen = _checked_revision(revision) if revision is not None else current
         if chosen is None:
-            raise RegistryError(f"no adapter {name!r} in {self.path}: publish one with `python -m trainer publish`")
+            raise self._unknown(name)
         path = self.path / name / chosen
         if not path.is_dir():
-            raise RegistryError(f"adapter {name!r} has no revision {chosen} in {self.path}")
+            raise UnknownAdapter(f"adapter {name!r} has no revision {chosen} in {self.path}")
         if not path.resolve().is_relative_to(self.path.resolve()):
             raise RegistryError(f"{path} leads out of the registry; remove the link and publish the adapter again")
         try:
@@ -119,7 +154,7 @@ class Registry:
             if revision is None:
                 target = self.path / name
                 if not target.is_dir():
-                    raise RegistryError(f"no adapter {name!r} in {self.path}")
+                    raise self._unknown(name)
             else:
                 entry = self.get(name, revision)
                 if entry.is_current:
@@ -129,6 +164,28 @@ class Registry:
             doomed = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=self.path))
             os.replace(target, doomed / "removed")
             shutil.rmtree(doomed, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (self.path / name).rmdir()  # an import that was refused leaves no empty name
+
+    def _point(self, name: str, revision: str, history: list[str], *, remember: bool = True) -> None:
+        """Under the lock. The history is written first: a crash in between loses nothing."""
+        before = self.current(name)
+        if before == revision:
+            return
+        if remember and before is not None:
+            history = [*history, before]
+        write_text(self.path / name / HISTORY, "".join(f"{line}\n" for line in history[-MAX_HISTORY:]))
+        write_text(self.path / name / CURRENT, revision + "\n")
+
+    def _history(self, name: str) -> list[str]:
+        try:
+            lines = (self.path / _checked(name) / HISTORY).read_text(encoding="utf-8").split()
+            return [check_revision(line) for line in lines]
+        except (OSError, UnicodeDecodeError, NameRefused):
+            return []
+
+    def _unknown(self, name: str) -> UnknownAdapter:
+        return UnknownAdapter(f"no adapter {name!r} in {self.path}: publish one with `python -m trainer publish`")
 
     def _fill(self, aside: Path, folder: Path, name: str, card: AdapterCard) -> str:
         for file in REVISION_FILES:

@@ -1,4 +1,6 @@
-"""What text side a model folder has, as hashes: kept in an adapter's card, compared when a run resumes or publishes."""
+"""What text side an adapter was trained with, as hashes: the same ones are written by the trainer and compared by the
+engine and by `system_fingerprint`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

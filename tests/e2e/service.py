@@ -8,14 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import psutil
 
-from tests.services import clean_environment, free_port, wait_until
+from tests.services import START_S, clean_environment, free_port, wait_until
 
 START_TIMEOUT_S = 90.0
 PROMPT = "一二三四五六七八九十"
@@ -34,6 +34,7 @@ class Supervised:
             "QLOOP_ENGINE_SOCKET": f"{tempfile.gettempdir()}/qloop-test-{self.port}.sock",
             "QLOOP_PORT": str(self.port),
         }
+        self.settings = settings
         self._environment = clean_environment(**own, **settings) | {"PYTHONPATH": str(tree)}
         self._cwd = home
         self._process: subprocess.Popen[bytes] | None = None
@@ -42,9 +43,14 @@ class Supervised:
         with self.log_path.open("ab") as log:
             command = [sys.executable, "-m", "server"]
             self._process = subprocess.Popen(command, env=self._environment, cwd=self._cwd, stdout=log, stderr=log)
-        wait_until(lambda: self.all_ready or not self.is_alive, START_TIMEOUT_S, "the service to be ready")
+        wait_until(lambda: self.all_ready or not self.is_alive, self.start_s, "the service to be ready")
         assert self.is_alive, self.log
         return self
+
+    @property
+    def start_s(self) -> float:
+        """What it may take to be ready; vLLM needs the longest."""
+        return max(START_TIMEOUT_S, START_S.get(self.settings.get("QLOOP_ENGINE", ""), 0))
 
     @property
     def supervisor(self) -> psutil.Process:
@@ -70,14 +76,14 @@ class Supervised:
 
     def status(self, path: str) -> int | None:
         try:
-            return httpx.get(self.url + path, timeout=2.0).status_code
+            return httpx.get(self.url + path, timeout=20.0).status_code
         except httpx.TransportError:
             return None
 
     @property
     def engine_pid(self) -> int | None:
         """As some worker sees it; None from one that is not ready."""
-        pid: int | None = httpx.get(self.url + "/readyz", timeout=2.0).json().get("engine_pid")
+        pid: int | None = httpx.get(self.url + "/readyz", timeout=20.0).json().get("engine_pid")
         return pid
 
     @property
@@ -89,7 +95,7 @@ class Supervised:
         return {child.pid for child in self.gunicorn.children() if is_there(child)}
 
     def running_and_waiting(self) -> float:
-        text = httpx.get(self.url + "/metrics", timeout=2.0).text
+        text = httpx.get(self.url + "/metrics", timeout=20.0).text
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         return float(values["qloop_sequences_running"]) + float(values["qloop_sequences_waiting"])
 
@@ -153,25 +159,38 @@ def http_client() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=120, limits=limits)
 
 
-async def stream(client: httpx.AsyncClient, url: str, *, max_tokens: int, prompt: str = PROMPT) -> Stream:
+async def stream(
+    client: httpx.AsyncClient, url: str, *, max_tokens: int, prompt: str = PROMPT, model: str | None = None
+) -> Stream:
     """One chat stream to its end, however it ends."""
     seen = Stream()
     body = {
+        "model": model,
         "messages": [{"role": "user", "content": prompt}],
         "stream": True,
         "max_tokens": max_tokens,
         "ignore_eos": True,
+        "temperature": 0,
     }
     try:
         async with client.stream("POST", url + "/v1/chat/completions", json=body) as response:
             seen.status, seen.headers = response.status_code, dict(response.headers)
             seen.local_port = response.extensions["network_stream"].get_extra_info("client_addr")[1]
-            async for line in response.aiter_lines():
+            async for line in _lines(response):
                 _digest(seen, line)
     except httpx.TransportError as error:
         seen.broken = repr(error)
     seen.ended = time.monotonic()
     return seen
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """Split at line feeds only: httpx would split at U+0085 and its like, too, which random tokens contain."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.decode()
 
 
 def _digest(seen: Stream, line: str) -> None:

@@ -20,6 +20,7 @@ from peft import PeftModel
 from server.engine.backends.hf import HfBackend, HfOptions
 from server.errors import ConfigError
 from server.store.home import Home
+from server.store.servability import servable
 from server.text.render import ChatRenderer
 from tests.server.engine.backends.agreement import assert_agrees, greedy
 from tests.server.engine.backends.driver import adapter_info, ask, run
@@ -27,7 +28,6 @@ from tests.trainer.families import FAMILIES, Family
 from trainer.config import TrainConfig
 from trainer.methods.base_model import load_base
 from trainer.methods.plan import base_bits
-from trainer.methods.servability import servable
 from trainer.results.merge import merge
 from trainer.train import train
 

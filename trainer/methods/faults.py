@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from server.store.servability import servable
 from trainer.errors import ConfigFaults, first_line
 from trainer.methods.layer_names import NAMES
 from trainer.methods.plan import base_bits, changes_base, planned_config
-from trainer.methods.servability import servable
 from trainer.options.checks import PROMPT_METHODS, WHOLE_METHODS
 
 if TYPE_CHECKING:

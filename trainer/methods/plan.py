@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from trainer.methods.servability import BASE_CHANGING_INITS
+from server.store.servability import BASE_CHANGING_INITS
 from trainer.options.checks import PREFIX_METHODS
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from typing import Any
 from server.store.card import AdapterCard
 from server.store.hashes import text_hash, weights_hash
 from server.store.model_folder import check_model_folder, read_json_object
+from server.store.servability import largest_rank, servable
 from server.text.identity import TextIdentity, text_identity
 from server.text.render import ChatRenderer
 from trainer.errors import NotServable
-from trainer.methods.servability import largest_rank, servable
 
 
 def make_card(

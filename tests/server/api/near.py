@@ -12,10 +12,11 @@ import httpx
 import msgspec
 
 from server.app import create_app
+from server.engine.adapter_calls import EVERYONE
 from server.engine.adapters import AdapterTable
 from server.engine.backends.fake import FakeBackend, FakeOptions
 from server.engine.connections import EngineSocket, append
-from server.engine.core import EVERYONE, Core, Delivery, Stop
+from server.engine.core import Core, Delivery, Stop
 from server.engine.messages import PROTOCOL_VERSION, EngineStats, Generate, ModelInfo, Ready, SequenceOutput
 from server.settings import Settings
 from server.store.registry import Registry

@@ -1,20 +1,30 @@
-"""The table of loaded adapters, with a real registry and the fake backend."""
+"""The desk of adapters, with a real registry and the fake backend: what is served, what rests, what is refused."""
 
 import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from server.engine.adapter_checks import AdapterChecks
+from server.engine.adapter_desk import AdapterBusy, AdapterDesk, NoRoom
+from server.engine.adapter_state import StateFile
 from server.engine.adapters import AdapterTable
-from server.engine.backends.base import AdapterError
+from server.engine.backends.base import AdapterError, RequestRefused
 from server.engine.backends.fake import FakeBackend, FakeOptions
-from server.store.registry import Registry, RegistryError
+from server.store.registry import Registry, UnknownAdapter
+from server.text.identity import TextIdentity
 from tests.server.engine.adapters import publish
+
+MakeDesk = Callable[..., AdapterDesk]
 
 
 @pytest.fixture
 def backend(fake_model: Path) -> FakeBackend:
-    return FakeBackend(FakeOptions(model_path=fake_model, served_name="tiny"))
+    backend = FakeBackend(FakeOptions(model_path=fake_model, served_name="tiny"))
+    backend.load()
+    return backend
 
 
 @pytest.fixture
@@ -25,36 +35,221 @@ def registry(tmp_path: Path) -> Registry:
     return registry
 
 
-def test_an_adapter_of_another_base_is_refused_with_both_names(backend: FakeBackend, registry: Registry) -> None:
-    table = AdapterTable(registry, backend.load())
-    with pytest.raises(AdapterError, match=r"trained on tiny \(weights 0123456789ab\).*runs tiny \(weights fake\)"):
-        table.load(backend, "foreign", None)
-    assert table.list() == []
+@pytest.fixture
+def make_desk(backend: FakeBackend, registry: Registry, tmp_path: Path) -> MakeDesk:
+    """As a new engine process has it, in the same home; `in_use` are ids that running requests name."""
+
+    def make(max_loaded: int = 8, in_use: set[str] | None = None, max_rank: int | None = None) -> AdapterDesk:
+        checks = AdapterChecks(backend.model, TextIdentity("tokenizer", "template"), max_rank)
+        table = AdapterTable(registry, backend.model, checks, StateFile(tmp_path / "state.json"))
+        used = in_use if in_use is not None else set()
+        desk = AdapterDesk(backend, table, max_loaded, used.__contains__)
+        desk.restore()
+        return desk
+
+    return make
 
 
-def test_a_start_serves_what_fits_and_says_what_does_not(
-    backend: FakeBackend, registry: Registry, caplog: pytest.LogCaptureFixture
-) -> None:
-    table = AdapterTable(registry, backend.load())
+def ids(desk: AdapterDesk) -> set[str]:
+    return {adapter.id for adapter in desk.table.list()}
+
+
+# --- what is served ---
+
+
+def test_a_start_serves_what_fits_and_says_what_does_not(make_desk: MakeDesk, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="qloop.engine"):
-        table.load_current(backend)
-    assert [adapter.name for adapter in table.list()] == ["own"]
+        desk = make_desk()
+    assert [adapter.name for adapter in desk.table.list()] == ["own"]
     assert "adapter foreign@" in caplog.text and "is not served: it was trained on" in caplog.text
 
 
 def test_a_new_current_revision_takes_the_name_and_the_old_one_stays(
-    backend: FakeBackend, registry: Registry, tmp_path: Path
+    make_desk: MakeDesk, registry: Registry, tmp_path: Path
 ) -> None:
-    table = AdapterTable(registry, backend.load())
-    old = table.load(backend, "own", None)
+    desk = make_desk()
+    (old,) = desk.table.list()
     new = publish(registry, tmp_path / "newer", "own", seed=1)
-    assert table.load(backend, "own", None).revision == new.revision
-    assert {a.revision: a.is_current for a in table.list()} == {old.revision: False, new.revision: True}
-    assert table.find("own", None) == table.find("own", new.revision)
-    assert table.version == 2
+    assert desk.due(["own", "foreign"]) == ["own"]
+    assert desk.load("own", None, None).revision == new.revision
+    assert {a.revision: a.is_current for a in desk.table.list()} == {old.revision: False, new.revision: True}
+    assert desk.table.find("own", None) == desk.table.find("own", new.revision)
+    assert desk.due(["own", "foreign"]) == []
 
 
-def test_an_unknown_adapter(backend: FakeBackend, registry: Registry) -> None:
-    table = AdapterTable(registry, backend.load())
-    with pytest.raises(RegistryError, match="nobody"):
-        table.load(backend, "nobody", None)
+def test_integer_ids_are_never_given_twice(make_desk: MakeDesk, registry: Registry, tmp_path: Path) -> None:
+    seen = []
+    for round_ in range(3):
+        desk = make_desk()
+        if round_:
+            desk.load("own", None, None)
+        seen += [adapter.int_id for adapter in desk.table.list()]
+        for adapter in desk.hide("own", None):
+            desk.release(adapter)
+        seen.append(desk.load("own", None, None).int_id)
+        for adapter in desk.hide("own", None):
+            desk.release(adapter)
+    assert len(set(seen)) == len(seen) == 6
+
+
+def test_a_restart_brings_back_older_revisions_pins_and_what_was_unloaded(
+    make_desk: MakeDesk, registry: Registry, tmp_path: Path
+) -> None:
+    publish(registry, tmp_path / "quiet", "quiet")
+    desk = make_desk()
+    old = desk.table.find("own", None)
+    publish(registry, tmp_path / "newer", "own", seed=1)
+    desk.load("own", None, True)
+    desk.hide("quiet", None)
+    again = make_desk()
+    assert ids(again) == ids(desk) and old is not None and old.id in ids(again)
+    assert [a.is_pinned for a in again.table.list()] == [a.is_pinned for a in desk.table.list()]
+    assert again.due(["own", "quiet"]) == []
+    publish(registry, tmp_path / "louder", "quiet", seed=3)
+    assert again.due(["own", "quiet"]) == ["quiet"] and "quiet" in {a.name for a in make_desk().table.list()}
+
+
+def test_a_current_revision_that_cannot_be_served_leaves_the_name_where_it_was(
+    make_desk: MakeDesk, registry: Registry, tmp_path: Path
+) -> None:
+    desk = make_desk()
+    good = desk.table.find("own", None)
+    bad = publish(registry, tmp_path / "bad", "own", seed=1, base_hash="f" * 64)
+    with pytest.raises(AdapterError, match="trained on"):
+        desk.load("own", None, None)
+    for same in (desk, make_desk()):
+        assert same.table.find("own", None) is not None and good is not None
+        assert same.table.find("own", None).revision == good.revision  # type: ignore[union-attr]
+        assert list(same.refused) and bad.id in same.refused and same.due(["own"]) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 9}', '{"served": 3}'])
+def test_a_damaged_state_file_costs_only_what_it_alone_knew(make_desk: MakeDesk, tmp_path: Path, text: str) -> None:
+    (tmp_path / "state.json").write_text(text)
+    assert {adapter.name for adapter in make_desk().table.list()} == {"own"}
+
+
+def test_a_removed_revision_goes(make_desk: MakeDesk, registry: Registry) -> None:
+    desk = make_desk()
+    (own,) = desk.table.list()
+    assert desk.removed() == []
+    shutil.rmtree(registry.path / "own")
+    assert desk.removed() == [own] and desk.table.list() == []
+    desk.release(own)
+    assert own.id not in desk.residents
+
+
+# --- what is refused ---
+
+
+def refused(desk: AdapterDesk, words: str, name: str = "own") -> None:
+    for adapter in desk.table.list():
+        desk.hide(adapter.name, adapter.revision)
+        desk.release(adapter)
+    with pytest.raises(AdapterError, match=words):
+        desk.load(name, None, None)
+    assert desk.table.find(name, None) is None and any(name in adapter_id for adapter_id in desk.refused)
+
+
+def test_another_base(make_desk: MakeDesk) -> None:
+    refused(make_desk(), r"trained on tiny \(weights 0123456789ab\).*runs tiny \(weights fake\)", "foreign")
+
+
+def test_a_rank_above_the_limit(make_desk: MakeDesk) -> None:
+    refused(make_desk(max_rank=3), r"rank is 4.*at most 3.*QLOOP_MAX_ADAPTER_RANK")
+
+
+def test_files_changed_in_place(make_desk: MakeDesk, registry: Registry) -> None:
+    desk = make_desk()
+    path = registry.get("own").path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    refused(desk, "were changed after it was published")
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "chat template"])
+def test_another_text_side(make_desk: MakeDesk, registry: Registry, tmp_path: Path, what: str) -> None:
+    field = {"tokenizer": "tokenizer_hash", "chat template": "chat_template_hash"}[what]
+    publish(registry, tmp_path / "x", "own", seed=1, **{field: "another"})
+    refused(make_desk(), f"trained with another {what}")
+
+
+def test_the_same_text_side_is_fine(make_desk: MakeDesk, registry: Registry, tmp_path: Path) -> None:
+    publish(registry, tmp_path / "x", "own", seed=1, tokenizer_hash="tokenizer", chat_template_hash="template")
+    assert make_desk().table.find("own", None) is not None
+
+
+def test_unknown_ones(make_desk: MakeDesk) -> None:
+    desk = make_desk()
+    with pytest.raises(UnknownAdapter, match="nobody"):
+        desk.load("nobody", None, None)
+    with pytest.raises(UnknownAdapter, match="0123456789ab"):
+        desk.load("own", "0123456789ab", None)
+    with pytest.raises(UnknownAdapter, match="is served"):
+        desk.hide("foreign", None)
+    assert desk.refused.keys() == {adapter_id for adapter_id in desk.refused if adapter_id.startswith("foreign@")}
+
+
+# --- slots ---
+
+
+def more(registry: Registry, tmp_path: Path, count: int) -> list[str]:
+    return [publish(registry, tmp_path / f"m{i}", f"m{i}", seed=i).id for i in range(count)]
+
+
+def test_the_longest_unused_one_makes_room_and_comes_back(
+    make_desk: MakeDesk, registry: Registry, tmp_path: Path
+) -> None:
+    names = more(registry, tmp_path, 3)
+    desk = make_desk(max_loaded=2)
+    assert set(names) < ids(desk) and len(desk.residents) == 2
+    for adapter_id in [*names, *names, names[2], names[1], names[2]]:
+        assert desk.want(adapter_id, 0)
+    assert set(desk.residents.ids) == {names[1], names[2]}
+    assert desk.want(names[0], 0) and set(desk.residents.ids) == {names[0], names[2]}
+    assert desk.residents.num_evicted > 3
+
+
+def test_pinned_ones_and_those_in_use_stay(make_desk: MakeDesk, registry: Registry, tmp_path: Path) -> None:
+    names = more(registry, tmp_path, 3)
+    in_use: set[str] = set()
+    desk = make_desk(max_loaded=2, in_use=in_use)
+    desk.load("m0", None, True)
+    assert desk.want(names[1], 0)
+    in_use.add(names[1])
+    assert not desk.want(names[2], 0) and set(desk.residents.ids) == {names[0], names[1]}
+    with pytest.raises(NoRoom):
+        desk.load("m2", None, None)
+    assert desk.want(names[1], 0) and not desk.want(names[1], 1)  # it has to make room for one that waits
+    assert desk.want(names[0], 1)  # a pinned one never has to
+    in_use.clear()
+    assert desk.want(names[2], 0)
+    desk.load("m2", None, True)
+    with pytest.raises(AdapterError, match="QLOOP_MAX_ADAPTERS"):
+        desk.load("m1", None, True)
+    with pytest.raises(RequestRefused) as caught:
+        desk.want(names[1], 0)
+    assert caught.value.code == "overloaded"
+    desk.load("m2", None, False)
+    assert desk.want(names[1], 0)
+
+
+def test_one_that_was_damaged_while_it_rested_is_refused_by_the_request(
+    make_desk: MakeDesk, registry: Registry, tmp_path: Path
+) -> None:
+    names = more(registry, tmp_path, 2)
+    desk = make_desk(max_loaded=1)
+    assert desk.want(names[1], 0)
+    (registry.get("m0").path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(RequestRefused) as caught:
+        desk.want(names[0], 0)
+    assert (caught.value.code, caught.value.param) == ("invalid_adapter", "model")
+    assert names[0] not in ids(desk) and names[0] in desk.refused and desk.want(names[1], 0)
+
+
+def test_one_that_is_being_unloaded_is_busy(make_desk: MakeDesk) -> None:
+    desk = make_desk()
+    (own,) = desk.hide("own", None)
+    with pytest.raises(AdapterBusy, match="being unloaded"):
+        desk.load("own", None, None)
+    desk.release(own)
+    assert desk.load("own", None, None).id == own.id

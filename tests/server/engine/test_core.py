@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from server.engine.adapter_calls import EVERYONE
 from server.engine.adapters import AdapterTable
 from server.engine.backends.fake import FakeBackend, FakeOptions
-from server.engine.core import EVERYONE, Core, Delivery, Disconnected, Stop
+from server.engine.core import Core, Delivery, Disconnected, Stop
 from server.engine.messages import (
     Abort,
     Accepted,
@@ -37,13 +38,13 @@ PROMPT = [5, 6, 7]
 class Running:
     """A core whose loop runs in a thread; `said` is everything it delivered."""
 
-    def __init__(self, model: Path, home: Path, **options: Any) -> None:
+    def __init__(self, model: Path, home: Path, core: dict[str, Any], **options: Any) -> None:
         self.backend = FakeBackend(FakeOptions(model, "tiny", max_num_seqs=2, **options))
         self.registry = Registry(home / "adapters")
         table = AdapterTable(self.registry, self.backend.load())
-        table.load_current(self.backend)
         self.said: list[Delivery] = []
-        self.core = Core(self.backend, table, max_queue=2, deliver=self.said.extend)
+        self.core = Core(self.backend, table, max_queue=2, deliver=self.said.extend, **core)
+        self.core.restore_adapters()
         self.thread = threading.Thread(target=self.core.run, daemon=True)
 
     def to(self, connection: object, kind: type[msgspec.Struct] = msgspec.Struct) -> list[Any]:
@@ -61,8 +62,8 @@ class Running:
 def start(fake_model: Path, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     started: list[Running] = []
 
-    def make(**options: Any) -> Running:
-        started.append(Running(fake_model, tmp_path, **options))
+    def make(core: dict[str, Any] | None = None, **options: Any) -> Running:
+        started.append(Running(fake_model, tmp_path, core or {}, **options))
         started[-1].thread.start()
         return started[-1]
 
@@ -186,7 +187,7 @@ def test_adapters_load_run_and_unload(start: Callable[..., Running], tmp_path: P
     entry = publish(running.registry, tmp_path / "work", "xiaozhi")
     running.core.post("a", LoadAdapter("c1", "xiaozhi"))
     running.wait(lambda: running.to("a", AdapterReply))
-    assert running.to("a", AdapterReply)[0].adapter.id == entry.id
+    assert [adapter.id for adapter in running.to("a", AdapterReply)[0].adapters] == [entry.id]
     assert [adapter.id for adapter in running.to(EVERYONE, Adapters)[-1].adapters] == [entry.id]
 
     running.core.post("a", msgspec.structs.replace(ask("1", PROMPT, max_tokens=30, ignore_eos=True), adapter=entry.id))
@@ -214,7 +215,8 @@ def test_unknown_adapters(start: Callable[..., Running]) -> None:
     running.core.post("a", LoadAdapter("c2", "../etc"))
     running.core.post("a", UnloadAdapter("c3", "nobody"))
     running.wait(lambda: len(running.to("a", AdapterReply)) == 3)
-    assert [r.error_code for r in running.to("a", AdapterReply)] == ["invalid_adapter"] * 2 + ["model_not_found"]
+    codes = {reply.call_id: reply.error_code for reply in running.to("a", AdapterReply)}
+    assert codes == {"c1": "model_not_found", "c2": "invalid_adapter", "c3": "model_not_found"}
 
 
 def test_a_newer_revision_takes_the_name_over(start: Callable[..., Running], tmp_path: Path) -> None:

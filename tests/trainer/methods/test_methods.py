@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from server.engine.backends.hf import adapter_files
 from server.errors import ConfigError
+from server.store.servability import BASE_CHANGING_INITS, HF_ONLY, MERGED_OPTIONS, servable
 from tests.trainer.families import FAMILIES, write_remote_code
 from tests.trainer.method_matrix import batch, config_of, loss_of, train_steps
 from trainer.errors import ConfigFaults, DoesNotFit
@@ -17,7 +18,6 @@ from trainer.methods.apply import apply_method, describe
 from trainer.methods.base_model import load_base, load_blank
 from trainer.methods.faults import check_method
 from trainer.methods.layer_names import resolve_targets
-from trainer.methods.servability import BASE_CHANGING_INITS, HF_ONLY, MERGED_OPTIONS, servable
 
 QWEN2 = {"model_type": "qwen2", "num_hidden_layers": 3, "hidden_size": 64, "max_position_embeddings": 256}
 # https://huggingface.co/Qwen/Qwen2-7B-Instruct/blob/main/config.json

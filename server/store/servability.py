@@ -82,5 +82,6 @@ def _by_rank(config: Mapping[str, Any]) -> Verdict:
 
 def largest_rank(config: Mapping[str, Any]) -> int:
     """0 where the method has no rank."""
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    pattern = config.get("rank_pattern")
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
     return max((rank for rank in ranks if isinstance(rank, int)), default=0)

@@ -1,0 +1,76 @@
+"""Which adapters' weights are in the backend's memory: at most so many, the longest unused one makes room.
+
+Knows who is used by asking; nothing about requests, names or the registry.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from server.engine.backends.base import AdapterError, AdapterProbe, Backend
+from server.engine.messages import AdapterInfo
+
+
+class Residents:
+    def __init__(self, backend: Backend, max_loaded: int, is_in_use: Callable[[str], bool]) -> None:
+        self.max_loaded = max_loaded
+        self.num_evicted = 0
+        self._backend = backend
+        self._is_in_use = is_in_use
+        self._loaded: dict[str, bool] = {}  # id -> is it pinned; the longest unused one first
+        self._proven: set[str] = set()  # ids whose probe was passed; a revision never changes
+
+    def __contains__(self, adapter_id: str) -> bool:
+        return adapter_id in self._loaded
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._loaded)
+
+    @property
+    def num_pinned(self) -> int:
+        return sum(self._loaded.values())
+
+    def touch(self, adapter_id: str, is_pinned: bool) -> None:
+        """It is wanted now."""
+        del self._loaded[adapter_id]
+        self._loaded[adapter_id] = is_pinned
+
+    def victims(self, count: int) -> list[str]:
+        """The first `count` that will have to go."""
+        return [adapter_id for adapter_id, is_pinned in self._loaded.items() if not is_pinned][:count]
+
+    def has_room(self) -> bool:
+        """True when one more fits now; evicts one that nobody uses if that is what it takes."""
+        if len(self._loaded) < self.max_loaded:
+            return True
+        for adapter_id in self.victims(len(self._loaded)):
+            if not self._is_in_use(adapter_id):
+                self._drop(adapter_id)
+                self.num_evicted += 1
+                return True
+        return False
+
+    def load(self, adapter: AdapterInfo, path: Path) -> None:
+        """Only after `has_room`. Raises AdapterError, and nothing of it is left then."""
+        self._backend.load_adapter(adapter, path)
+        if isinstance(self._backend, AdapterProbe) and adapter.id not in self._proven:
+            try:
+                self._backend.probe_adapter(adapter.id)
+            except AdapterError:
+                self._backend.unload_adapter(adapter.id)
+                raise
+            self._proven.add(adapter.id)
+        self._loaded[adapter.id] = adapter.is_pinned
+
+    def forget(self, adapter_id: str) -> None:
+        """Out of the backend's memory for good; one that is not there is fine."""
+        self._proven.discard(adapter_id)
+        if adapter_id in self._loaded:
+            self._drop(adapter_id)
+
+    def _drop(self, adapter_id: str) -> None:
+        del self._loaded[adapter_id]
+        self._backend.unload_adapter(adapter_id)
