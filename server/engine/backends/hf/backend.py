@@ -53,10 +53,10 @@ class HfBackend:
     @torch.inference_mode()
     def load(self, enter: Callable[[str], None] = unheard) -> ModelInfo:
         options = self._options
-        enter("hashing the weights")
-        hash_of_weights = weights_hash(options.model_path, cache_path=options.hash_cache_path)
         enter("loading the weights")
         loaded = load_network(options)
+        enter("hashing the weights")
+        hash_of_weights = weights_hash(options.model_path, cache_path=options.hash_cache_path)
         enter("trying out the model")
         network, shape = loaded.network, loaded.network.shape
         self._store = KvStore(shape, loaded.num_rows + 1, max(loaded.max_model_len, PROBE_TOKENS))
