@@ -225,7 +225,7 @@ async def settled(tasks: list["asyncio.Task[Stream]"]) -> list[Stream]:
 
 
 async def all_begun(service: Supervised, count: int) -> None:
-    await in_loop(lambda: service.running_and_waiting() >= count, 30, f"{count} running streams")
+    await in_loop(lambda: service.running_and_waiting() >= count, 60, f"{count} running streams")
 
 
 async def in_loop(condition: Callable[[], object], timeout_s: float, what: str) -> None:

@@ -50,7 +50,7 @@ def test_they_outlive_reloads_and_the_engine_on_vllm(serve: Serve, tmp_path: Pat
     """And of vLLM's processes none outlives the engine."""
     from tests.server.engine.backends.folders import write_adapter
 
-    model = write_model_for_vllm(tmp_path / "model")
+    model = write_model_for_vllm(tmp_path / "model", max_position_embeddings=8192)
     (model / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
     service = serve(
         QLOOP_WORKERS="3",
@@ -61,10 +61,10 @@ def test_they_outlive_reloads_and_the_engine_on_vllm(serve: Serve, tmp_path: Pat
         QLOOP_VLLM_ENFORCE_EAGER="true",
         QLOOP_KV_CACHE_GIB="0.1",
     )
-    survive(service, tmp_path, lambda folder, seed: write_adapter(folder, model, seed=seed), num_reloads)
+    survive(service, tmp_path, lambda folder, seed: write_adapter(folder, model, seed=seed), num_reloads, 6000)
 
 
-def survive(service: Supervised, root: Path, make: Make, num_reloads: int) -> None:
+def survive(service: Supervised, root: Path, make: Make, num_reloads: int, num_tokens: int = 450) -> None:
     names = [f"a{number}" for number in range(NUM_ADAPTERS)]
     for number, name in enumerate(names):
         body = {"name": name, "path": str(make(root / name, number))}
@@ -75,7 +75,7 @@ def survive(service: Supervised, root: Path, make: Make, num_reloads: int) -> No
     asyncio.run(reload_under_load(service, names, num_reloads))
     assert service.engine_pid == pid
     family = psutil.Process(pid).children(recursive=True)
-    died = asyncio.run(kill_under_load(service, names))
+    died = asyncio.run(kill_under_load(service, names, num_tokens))
     wait_until(lambda: not any(map(is_there, family)), 10, "the end of the old engine's processes")
     wait_until(
         lambda: service.status("/readyz") == 200 and service.engine_pid not in (None, pid),
@@ -116,12 +116,12 @@ async def reload_under_load(service: Supervised, names: list[str], times: int) -
     assert len(seen) > NUM_STREAMS and [one for one in seen if not one.is_whole] == []
 
 
-async def kill_under_load(service: Supervised, names: list[str]) -> float:
+async def kill_under_load(service: Supervised, names: list[str], num_tokens: int) -> float:
     """Every stream ends with an error; when the engine died, by the clock."""
     models = itertools.cycle(names)
     async with http_client() as client:
         tasks = [
-            asyncio.create_task(stream(client, service.url, max_tokens=450, model=next(models)))
+            asyncio.create_task(stream(client, service.url, max_tokens=num_tokens, model=next(models)))
             for _ in range(NUM_STREAMS)
         ]
         await all_begun(service, NUM_STREAMS)

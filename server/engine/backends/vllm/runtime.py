@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from vllm.envs import enable_envs_cache
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams as VllmParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -36,6 +37,7 @@ log = logging.getLogger("qloop.engine")
 
 HUNG_AFTER_S = 300.0  # as vLLM's own limit for one step of a worker (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
 SHUTDOWN_S = 5.0
+CPU_NICENESS = 5
 T = TypeVar("T")
 
 
@@ -55,7 +57,7 @@ class Runtime:
             config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
         except (ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
             raise ConfigError(f"vLLM refuses to serve {options.model_path} with these settings: {error}") from error
-        config.additional_config = Leash(config.additional_config)
+        config.additional_config = Leash(config.additional_config, CPU_NICENESS if current_platform.is_cpu() else 0)
         self._engine = self._run(self._start(config))
         self.config = self._engine.vllm_config
         self._try_out()

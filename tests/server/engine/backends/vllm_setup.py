@@ -17,11 +17,11 @@ VLLM = [
 ]
 
 
-def write_model_for_vllm(folder: Path) -> Path:
+def write_model_for_vllm(folder: Path, **config: Any) -> Path:
     """The tiny model of all tests with heads of 32, the smallest that vLLM computes on CPUs. The same adapters fit."""
     from tests.server.engine.backends.folders import write_model  # torch: only where it is needed
 
-    return write_model(folder, num_attention_heads=2, num_key_value_heads=1)
+    return write_model(folder, num_attention_heads=2, num_key_value_heads=1, **config)
 
 
 def tiny_options(folder: Path, **options: Any) -> VllmOptions:
