@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.store.names import NameRefused, check_name, check_revision
-from server.store.registry import CURRENT
+from server.store.registry import Registry
 
 YOUNG_S = 2.0  # coarser clocks than this are not in use
 
@@ -28,14 +28,14 @@ class RegistryWatch:
     """Belongs to one thread."""
 
     def __init__(self, adapters_dir: Path) -> None:
-        self._path = adapters_dir
+        self._registry = Registry(adapters_dir)
         self._seen: dict[str, tuple[int, PublishedName]] = {}
 
     def look(self) -> Mapping[str, PublishedName]:
         """All names as they are now."""
         seen: dict[str, tuple[int, PublishedName]] = {}
         try:
-            with os.scandir(self._path) as folders:
+            with os.scandir(self._registry.path) as folders:
                 for folder in folders:
                     if not folder.name.startswith(".") and folder.is_dir():
                         self._look_at(folder, seen)
@@ -46,23 +46,19 @@ class RegistryWatch:
 
     def _look_at(self, folder: os.DirEntry[str], seen: dict[str, tuple[int, PublishedName]]) -> None:
         try:
+            name = check_name(folder.name)
             changed_ns = os.stat(folder.path).st_mtime_ns
-            known = self._seen.get(folder.name)
+            known = self._seen.get(name)
             if known is None or known[0] != changed_ns or time.time() - changed_ns / 1e9 < YOUNG_S:
-                known = (changed_ns, _read(Path(folder.path)))
-            seen[check_name(folder.name)] = known
+                known = (changed_ns, PublishedName(self._registry.current(name), _revisions(folder.path)))
+            seen[name] = known
         except (OSError, NameRefused):
             pass  # it went while we looked, or it is no name of ours
 
 
-def _read(folder: Path) -> PublishedName:
+def _revisions(folder: str) -> frozenset[str]:
     with os.scandir(folder) as entries:
-        revisions = frozenset(entry.name for entry in entries if _is_revision(entry.name) and entry.is_dir())
-    try:
-        current: str | None = check_revision((folder / CURRENT).read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError, NameRefused):
-        current = None
-    return PublishedName(current, revisions)
+        return frozenset(entry.name for entry in entries if _is_revision(entry.name) and entry.is_dir())
 
 
 def _is_revision(text: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks, which also has 1
 VLLM_DEFAULT_RANK = 16
 # Architectures whose vLLM implementation takes no LoRA.
 NO_LORA_IN_VLLM = frozenset({"gpt2", "bloom"})

@@ -79,3 +79,16 @@ class Interruptible(Protocol):
 
 class AdapterError(Exception):
     """An adapter folder that this backend cannot serve, and why."""
+
+
+def not_a_number() -> AdapterError:
+    """For a probe whose logits are not finite."""
+    return AdapterError("with it the model's output is not a number. The training run failed; train again.")
+
+
+def no_effect(dtype: str) -> AdapterError:
+    """For a probe that computes what the base does."""
+    return AdapterError(
+        f"it has no effect: in {dtype} the model computes the same with and without it. "
+        "Train it longer or with a higher learning rate."
+    )

@@ -18,7 +18,7 @@ import pytest
 from server.store.registry import Registry
 from tests.server.api.adapter_bench import BASE, COMPLETIONS, WORKERS, Bench, MakeFolder
 from tests.server.engine.adapters import publish, write_folder
-from tests.server.engine.backends.vllm_setup import VLLM, write_model_for_vllm
+from tests.server.engine.backends.vllm_setup import TINY_SETTINGS, VLLM, write_model_for_vllm
 from tests.services import Service, wait_until
 
 PUBLISHED_S = 2.0
@@ -29,7 +29,7 @@ MAX_GROWTH = {"fake": 1.02, "hf": 1.02, "vllm": 1.10}
 ENGINES: dict[str, dict[str, Any]] = {
     "fake": {"fake_tokens_per_s": 400},
     "hf": {"num_threads": 1, "kv_cache_gib": 0.01},
-    "vllm": {"vllm_dtype": "fp32", "kv_cache_gib": 0.05, "vllm_enforce_eager": True},
+    "vllm": TINY_SETTINGS,
 }
 
 

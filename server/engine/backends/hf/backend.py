@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from server.engine.backends.admission import check_request
-from server.engine.backends.base import AdapterError, RequestRefused, unheard
+from server.engine.backends.base import RequestRefused, no_effect, not_a_number, unheard
 from server.engine.backends.hf.adapter_files import read_adapter, with_cells
 from server.engine.backends.hf.adapters import LoadedAdapters
 from server.engine.backends.hf.batch import Batch, Part
@@ -177,12 +177,9 @@ class HfBackend:
         cells, without = self._adapters.cells(slot), Part(self._scratch_row, 0, probe_ids(self.model.vocab_size))
         found = probe_logits(self._network, self._store, replace(without, slot=slot), cells)
         if not found.isfinite().all():
-            raise AdapterError("with it the model's output is not a number. The training run failed; train again.")
+            raise not_a_number()
         if torch.equal(found, probe_logits(self._network, self._store, without, None)):
-            raise AdapterError(
-                f"it has no effect: in {self.model.dtype} the model computes the same with and without it. "
-                "Train it longer or with a higher learning rate."
-            )
+            raise no_effect(self.model.dtype)
 
     @torch.inference_mode()
     def unload_adapter(self, adapter_id: str) -> None:

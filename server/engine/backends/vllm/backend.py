@@ -4,7 +4,6 @@
 has none. Each choice of a request is one of vLLM's requests, as vLLM itself does it.
 """
 
-import itertools
 import logging
 import math
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.engine.backends.admission import check_request
-from server.engine.backends.base import AdapterError, RequestRefused, unheard
+from server.engine.backends.base import AdapterError, RequestRefused, no_effect, not_a_number, unheard
 from server.engine.backends.stop_ids import read_stop_ids
 from server.engine.backends.vllm.options import VllmOptions
 from server.engine.backends.vllm.sequence import Sequence
@@ -41,7 +40,6 @@ class VllmBackend:
         self._news: list[SequenceOutput] = []
         self._failure: Exception | None = None
         self._loras: dict[str, LoRARequest] = {}
-        self._lora_numbers = itertools.count(1)  # vLLM keeps what it knows by number: none is ever used twice
         self._prompt_tokens = self._generated_tokens = self._num_aborted = self._cached_tokens = 0
 
     def load(self, enter: Callable[[str], None] = unheard) -> ModelInfo:
@@ -140,9 +138,9 @@ class VllmBackend:
             raise AdapterError("this engine was started without adapters. Restart it with QLOOP_VLLM_ENABLE_LORA=true.")
         check_adapter(path, self._shape, self._options.max_lora_rank)
         try:
-            number = adapter.int_id or next(self._lora_numbers)
             # vLLM knows prefixes by name: with the number in it, they never outlive the weights.
-            self._loras[adapter.id] = self._runtime.add_lora(f"{adapter.id}#{number}", number, path)
+            name = f"{adapter.id}#{adapter.int_id}"
+            self._loras[adapter.id] = self._runtime.add_lora(name, adapter.int_id, path)
         except Exception as error:
             if self._runtime.is_lost:
                 raise
@@ -152,12 +150,9 @@ class VllmBackend:
         """Compares the log probabilities of a few fixed tokens with and without it."""
         found = self._runtime.score(PROBE_SIZE, self.model.vocab_size, self._loras[adapter_id])
         if any(map(math.isnan, found)):
-            raise AdapterError("with it the model's output is not a number. The training run failed; train again.")
+            raise not_a_number()
         if found == self._runtime.score(PROBE_SIZE, self.model.vocab_size, None):
-            raise AdapterError(
-                f"it has no effect: in {self.model.dtype} the model computes the same with and without it. "
-                "Train it longer or with a higher learning rate."
-            )
+            raise no_effect(self.model.dtype)
 
     def unload_adapter(self, adapter_id: str) -> None:
         lora = self._loras.pop(adapter_id, None)

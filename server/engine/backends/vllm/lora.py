@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.engine.backends.base import AdapterError
 from server.engine.backends.hf.adapter_files import ModelShape, model_shape, read_adapter
-from server.engine.backends.vllm.options import LORA_RANKS
 from server.store.model_folder import read_json_object
+from server.store.servability import VLLM_RANKS, largest_rank
 
 log = logging.getLogger("qloop.engine")
 
@@ -42,7 +42,7 @@ def check_adapter(path: Path, shape: ModelShape | None, max_rank: int) -> None:
     config = read_json_object(config_path)
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: peft_type is {config.get('peft_type')!r}; vLLM serves LoRA only: {USE_HF}.")
-    rank = _largest_rank(config)
+    rank = largest_rank(config)
     if rank > max_rank:
         raise AdapterError(f"{path}: its rank is {rank}, this engine was started for at most {max_rank}. {_cure(rank)}")
     if not (path / "adapter_model.safetensors").is_file():
@@ -51,13 +51,7 @@ def check_adapter(path: Path, shape: ModelShape | None, max_rank: int) -> None:
         read_adapter(path, shape)
 
 
-def _largest_rank(config: dict[str, Any]) -> int:
-    patterns = config.get("rank_pattern") or {}
-    ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
-    return max((rank for rank in ranks if isinstance(rank, int)), default=0)
-
-
 def _cure(rank: int) -> str:
-    if rank > LORA_RANKS[-1]:
+    if rank > VLLM_RANKS[-1]:
         return f"Merge it into the base model, or {USE_HF}."
     return f"Restart the engine with QLOOP_MAX_ADAPTER_RANK={rank} or more."

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks
-DEFAULT_LORA_RANK = 16
+from server.store.servability import VLLM_DEFAULT_RANK, VLLM_RANKS
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class VllmOptions:
     enforce_eager: bool = False
     prefix_cache: bool = True
     max_loras: int = 8  # adapters in memory, and in one step; 0: none are served
-    max_lora_rank: int = DEFAULT_LORA_RANK
+    max_lora_rank: int = VLLM_DEFAULT_RANK
     trust_remote_code: bool = False
     hash_cache_path: Path | None = None
     more: Mapping[str, Any] = field(default_factory=dict)  # any other field of vLLM's AsyncEngineArgs
@@ -36,5 +35,5 @@ class VllmOptions:
 
 def lora_rank_for(ranks: list[int]) -> int:
     """The smallest rank that vLLM can be built for and that holds all of `ranks`; larger ones are slower."""
-    largest = max(ranks, default=DEFAULT_LORA_RANK)
-    return next((rank for rank in LORA_RANKS if rank >= largest), LORA_RANKS[-1])
+    largest = max(ranks, default=VLLM_DEFAULT_RANK)
+    return next((rank for rank in VLLM_RANKS if rank >= largest), VLLM_RANKS[-1])

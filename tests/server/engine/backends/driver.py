@@ -1,11 +1,14 @@
 """Drive a backend by hand, as the engine's core does, and keep what came out."""
 
+import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from server.engine.backends.base import Backend
 from server.engine.messages import AdapterInfo, FinishReason, Generate, SamplingParams, SequenceOutput, TokenLogprobs
+
+INT_IDS = itertools.count(1)  # as the engine's, never given twice
 
 
 @dataclass
@@ -74,4 +77,4 @@ def run(backend: Backend, *requests: Generate) -> Texts:
 
 
 def adapter_info(name: str) -> AdapterInfo:
-    return AdapterInfo(name=name, revision="0" * 12, is_current=True, rank=4, created=0)
+    return AdapterInfo(name=name, revision="0" * 12, is_current=True, rank=4, created=0, int_id=next(INT_IDS))

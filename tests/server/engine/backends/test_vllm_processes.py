@@ -8,7 +8,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.server.engine.backends.vllm_setup import VLLM, write_model_for_vllm
+from tests.server.engine.backends.vllm_setup import TINY_SETTINGS, VLLM, write_model_for_vllm
 from tests.services import MODEL, Service, wait_until
 
 pytestmark = VLLM
@@ -27,8 +27,7 @@ def start(model_folder: Path) -> Iterator[Start]:
     started: list[Service] = []
 
     def make(workers: int) -> Service:
-        settings = {"engine": "vllm", "vllm_dtype": "fp32", "kv_cache_gib": 0.05, "vllm_enforce_eager": True}
-        service = Service(model_folder, workers, **settings)
+        service = Service(model_folder, workers, engine="vllm", **TINY_SETTINGS)
         started.append(service)
         return service.wait_ready()
 

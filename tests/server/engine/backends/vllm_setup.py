@@ -17,6 +17,10 @@ VLLM = [
 ]
 
 
+# Of a service on vLLM that starts soon.
+TINY_SETTINGS: dict[str, Any] = {"vllm_dtype": "fp32", "kv_cache_gib": 0.05, "vllm_enforce_eager": True}
+
+
 def write_model_for_vllm(folder: Path, **config: Any) -> Path:
     """The tiny model of all tests with heads of 32, the smallest that vLLM computes on CPUs. The same adapters fit."""
     from tests.server.engine.backends.folders import write_model  # torch: only where it is needed
