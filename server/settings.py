@@ -284,9 +284,7 @@ def prepare_vllm(settings: Settings) -> None:
 
     The operator's own choice wins, except where two processes must agree. No usage report leaves the machine.
     """
-    metrics = engine_metrics_folder(settings)
-    metrics.mkdir(parents=True, exist_ok=True)
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # its counters stay in this process: files cost more than counting
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would copy the socket and this process's threads
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -295,6 +293,9 @@ def prepare_vllm(settings: Settings) -> None:
         "VLLM_CONFIG_ROOT": str(settings.home / "cache" / "vllm"),
         "VLLM_LOGGING_LEVEL": "DEBUG" if settings.log_level == "debug" else "WARNING",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        # On CPUs oneDNN keeps a compiled kernel for every size of a batch that ever was, by default 1,024 of them, half
+        # a MiB each: vLLM's worker grew for minutes under changing load. This many hold the sizes of about ten steps.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     }
     sizes = (settings.vllm_tensor_parallel_size, settings.vllm_pipeline_parallel_size, settings.vllm_data_parallel_size)
     if sizes == (1, 1, 1):
@@ -302,11 +303,6 @@ def prepare_vllm(settings: Settings) -> None:
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))  # its own choice leaves a core idle
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-
-
-def engine_metrics_folder(settings: Settings) -> Path:
-    """Where an engine that counts for itself leaves its numbers in prometheus-client's shared files."""
-    return settings.home / "run" / "engine-metrics"
 
 
 def describe(resolved: Resolved) -> str:

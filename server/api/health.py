@@ -1,5 +1,6 @@
 """`/livez`: this process answers. `/readyz`: a request sent now would be computed. `/metrics`: Prometheus text."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -8,8 +9,10 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.serving import Serving
 from server.engine.load_phase import phase_path, read_phase
+from server.errors import QloopError
 from server.ops.metrics import CONTENT_TYPE, exposition, observe_engine
-from server.settings import engine_metrics_folder
+
+ENGINE_ANSWERS_WITHIN_S = 1.0  # a scrape does not wait for a hung engine
 
 
 async def livez(request: Request) -> Response:
@@ -39,5 +42,16 @@ def _loading(serving: Serving) -> dict[str, Any]:
 async def metrics(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     observe_engine(serving.client.stats, serving.is_ready, len(serving.client.adapters))
-    text = exposition(serving.client.stats, engine_metrics_folder(serving.settings))
+    text = exposition(serving.client.stats) + (await _engine_metrics(serving)).encode()
     return Response(text, media_type=CONTENT_TYPE)
+
+
+async def _engine_metrics(serving: Serving) -> str:
+    """What an engine counts under names of its own; nothing while it cannot say."""
+    if not serving.is_ready or not serving.model.has_metrics:
+        return ""
+    try:
+        async with asyncio.timeout(ENGINE_ANSWERS_WITHIN_S):
+            return await serving.client.metrics()
+    except (QloopError, TimeoutError):
+        return ""

@@ -31,8 +31,10 @@ from server.engine.messages import (
     Hello,
     ListAdapters,
     LoadAdapter,
+    Metrics,
     ModelInfo,
     Outputs,
+    ReadMetrics,
     Ready,
     Refused,
     Rejected,
@@ -280,6 +282,11 @@ class EngineClient:
         states: AdapterStates = await self._call(ListAdapters)
         return states
 
+    async def metrics(self) -> str:
+        """Prometheus text of what the engine's library counts under its own names."""
+        reply: Metrics = await self._call(ReadMetrics)
+        return reply.text
+
     def start_drain(self) -> None:
         self._send(StartDrain())
 
@@ -321,7 +328,7 @@ class EngineClient:
                 self._become_ready(message)
             case Adapters():
                 self._take_adapters(message.adapters, message.version)
-            case AdapterReply() | AdapterStates():
+            case AdapterReply() | AdapterStates() | Metrics():
                 if (call := self._calls.get(message.call_id)) and not call.done():
                     call.set_result(message)
             case Draining():

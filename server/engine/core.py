@@ -15,7 +15,7 @@ import msgspec
 from server.engine.adapter_calls import EVERYONE, AdapterCalls, Connection
 from server.engine.adapter_desk import AdapterDesk
 from server.engine.adapters import AdapterTable
-from server.engine.backends.base import Backend, Interruptible, RequestRefused
+from server.engine.backends.base import Backend, Interruptible, Metered, RequestRefused
 from server.engine.lobby import SHUTTING_DOWN, Lobby
 from server.engine.messages import (
     Abort,
@@ -27,7 +27,9 @@ from server.engine.messages import (
     Heartbeat,
     ListAdapters,
     LoadAdapter,
+    Metrics,
     Outputs,
+    ReadMetrics,
     Rejected,
     SequenceOutput,
     StartDrain,
@@ -153,6 +155,9 @@ class Core:
                 self._calls.unload(connection, message)
             case ListAdapters():
                 self._calls.tell(connection, message)
+            case ReadMetrics():
+                text = self._backend.metrics() if isinstance(self._backend, Metered) else ""
+                self._send(connection, Metrics(message.call_id, text))
             case RegistryChanged():
                 self._calls.registry_changed(message.names)
             case Disconnected():

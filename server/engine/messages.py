@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 
@@ -92,6 +92,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_tokens: int  # capacity over all running sequences
     weights_hash: str
     unsupported_params: tuple[str, ...] = ()  # sampling parameters this backend must refuse
+    has_metrics: bool = False  # it answers ReadMetrics with numbers of its own
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,6 +183,10 @@ class ListAdapters(msgspec.Struct, tag="list_adapters"):
     call_id: str
 
 
+class ReadMetrics(msgspec.Struct, tag="read_metrics"):
+    call_id: str
+
+
 class AckAdapters(msgspec.Struct, tag="ack_adapters"):
     """This worker now routes by `version` of the adapter list."""
 
@@ -192,7 +197,9 @@ class StartDrain(msgspec.Struct, tag="start_drain"):
     """Refuse new requests, finish running ones, keep the process. Supervisor only."""
 
 
-ToEngine = Hello | Generate | Abort | LoadAdapter | UnloadAdapter | ListAdapters | AckAdapters | StartDrain
+ToEngine = (
+    Hello | Generate | Abort | LoadAdapter | UnloadAdapter | ListAdapters | ReadMetrics | AckAdapters | StartDrain
+)
 
 
 # --- engine -> worker ---
@@ -263,6 +270,13 @@ class AdapterStates(msgspec.Struct, tag="adapter_states"):
     refused: dict[str, str]  # published, but cannot be served, and why
 
 
+class Metrics(msgspec.Struct, tag="metrics"):
+    """Answers ReadMetrics."""
+
+    call_id: str
+    text: str  # Prometheus text of what the backend counts under names of its own; often empty
+
+
 class Draining(msgspec.Struct, tag="draining"):
     pass
 
@@ -274,5 +288,15 @@ class Heartbeat(msgspec.Struct, tag="heartbeat"):
 
 
 FromEngine = (
-    Ready | Refused | Accepted | Rejected | Outputs | Adapters | AdapterReply | AdapterStates | Draining | Heartbeat
+    Ready
+    | Refused
+    | Accepted
+    | Rejected
+    | Outputs
+    | Adapters
+    | AdapterReply
+    | AdapterStates
+    | Metrics
+    | Draining
+    | Heartbeat
 )

@@ -5,7 +5,6 @@ Labels are bounded: routes by their template, models by the ids this server serv
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from prometheus_client import (
@@ -117,19 +116,14 @@ class EngineCounters(Collector):
         )
 
 
-def exposition(stats: EngineStats, engine_folder: Path) -> bytes:
-    """Prometheus text for the whole service, whichever worker is asked.
-
-    `engine_folder` has the files of an engine that counts for itself, as vLLM does under its own names.
-    """
+def exposition(stats: EngineStats) -> bytes:
+    """Prometheus text for the whole service, whichever worker is asked."""
     registry = CollectorRegistry()
     if ValueClass.__name__ == "MmapedValue":
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     else:
         registry.register(PROCESS_REGISTRY)
     registry.register(EngineCounters(stats))
-    if engine_folder.is_dir():
-        multiprocess.MultiProcessCollector(registry, str(engine_folder))  # type: ignore[no-untyped-call]
     return generate_latest(registry)
 
 

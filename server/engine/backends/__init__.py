@@ -1,12 +1,11 @@
 """Whatever computes tokens, each behind `base.Backend`. Heavy libraries are imported only by the one chosen."""
 
 import importlib.util
-import shutil
 from pathlib import Path
 
 from server.engine.backends.base import Backend
 from server.errors import ConfigError
-from server.settings import DEMO_MODEL, Settings, engine_metrics_folder, prepare_vllm
+from server.settings import DEMO_MODEL, Settings, prepare_vllm
 from server.store.home import Home
 from server.store.model_folder import default_served_name, resolve_model
 from server.store.registry import Registry
@@ -18,7 +17,6 @@ def create_backend(settings: Settings) -> Backend:
     """The backend that QLOOP_ENGINE names. Raises ConfigError when the model is not there."""
     home = Home(settings.home)
     folder = resolve_model(settings.model or DEMO_MODEL, home)
-    shutil.rmtree(engine_metrics_folder(settings), ignore_errors=True)  # what the last engine counted
     name = settings.served_model_name or default_served_name(settings.model or DEMO_MODEL)
     if settings.engine == "fake":
         from server.engine.backends.fake import FakeBackend, FakeOptions

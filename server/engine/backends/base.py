@@ -77,6 +77,14 @@ class Interruptible(Protocol):
         """From any thread: let a `step` that waits, or the next one that would, return at once."""
 
 
+@runtime_checkable
+class Metered(Protocol):
+    """What a backend may offer besides, when a library under it counts for itself."""
+
+    def metrics(self) -> str:
+        """Prometheus text, under the library's own names."""
+
+
 class AdapterError(Exception):
     """An adapter folder that this backend cannot serve, and why."""
 

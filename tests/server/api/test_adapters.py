@@ -22,8 +22,7 @@ from tests.server.engine.backends.vllm_setup import TINY_SETTINGS, VLLM, write_m
 from tests.services import Service, wait_until
 
 PUBLISHED_S = 2.0
-# vLLM's processes keep about half a MiB of each cycle (4 % from cycle 20 to 200 of a tiny model); why is not known yet.
-MAX_GROWTH = {"fake": 1.02, "hf": 1.02, "vllm": 1.10}
+MAX_GROWTH = 1.02
 
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -464,10 +463,10 @@ def cycles(bench: Bench, count: int) -> None:
         stop.set()
         for caller in callers:
             caller.join(30)
-    assert {answer.status_code for answer in answers} == {200}
+    assert [answer.text for answer in answers if answer.status_code != 200] == []
     assert {answer.json()["choices"][0]["text"] for answer in answers} == {expected}
     wait_until(lambda: bench.service.gauge("qloop_adapters_loaded") == loaded_before, 5, "the gauge")
-    assert memory_of(bench.service) <= MAX_GROWTH[bench.service.backend] * after_20
+    assert memory_of(bench.service) <= MAX_GROWTH * after_20
 
 
 def memory_of(service: Service) -> int:

@@ -70,6 +70,7 @@ class VllmBackend:
             kv_cache_tokens=int(vllm.cache_config.num_gpu_blocks or 0) * int(vllm.cache_config.block_size),
             weights_hash=hash_of_weights,
             unsupported_params=UNSUPPORTED,
+            has_metrics=True,
         )
         return self.model
 
@@ -130,6 +131,11 @@ class VllmBackend:
             num_preempted=progress.num_preempted,
             cached_tokens_total=self._cached_tokens,
         )
+
+    def metrics(self) -> str:
+        from server.engine.backends.vllm.metrics import exposition
+
+        return exposition()
 
     def load_adapter(self, adapter: AdapterInfo, path: Path) -> None:
         from server.engine.backends.vllm.lora import check_adapter

@@ -26,6 +26,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from server.engine.backends.base import RequestRefused
 from server.engine.backends.vllm.arguments import engine_arguments
 from server.engine.backends.vllm.leash import Leash
+from server.engine.backends.vllm.metrics import VllmMetrics
 from server.engine.backends.vllm.options import VllmOptions
 from server.engine.backends.vllm.progress import Progress, ProgressLogger
 from server.engine.backends.vllm.sampling import check_params, vllm_params
@@ -139,7 +140,9 @@ class Runtime:
     async def _start(self, config: Any) -> AsyncLLM:
         """In the loop, so that vLLM's background tasks find it."""
         return AsyncLLM.from_vllm_config(
-            config, stat_loggers=[lambda _, index: ProgressLogger(self.progress, index)], disable_log_stats=False
+            config,
+            stat_loggers=[lambda _, index: ProgressLogger(self.progress, index), VllmMetrics],
+            disable_log_stats=False,
         )
 
     def _try_out(self) -> None:

@@ -88,10 +88,10 @@ def test_text_is_that_of_transformers(backend: VllmBackend, model_folder: Path, 
 
 def test_new_weights_under_an_old_id_are_never_stale(backend: VllmBackend, model_folder: Path, tmp_path: Path) -> None:
     """Also not from the prefix cache: the prompt fills whole blocks, and the third folder is the first one again."""
-    info = adapter_info("friend")
     folders = [write_adapter(tmp_path / str(seed), model_folder, seed=seed) for seed in (1, 2)]
     seen = []
     for folder in (*folders, folders[0]):
+        info = adapter_info("friend")
         backend.load_adapter(info, folder)
         text = run(backend, ask(LONG_PROMPT, max_tokens=8, ignore_eos=True, adapter=info.id))["a", 0]
         assert text.outputs[0].num_cached_tokens == 0
@@ -155,6 +155,20 @@ def test_the_base_is_itself_beside_as_many_adapters_as_fit(
     assert [texts[str(i), 0].token_ids for i in range(6)] == alone * 2
     for info in infos:
         backend.unload_adapter(info.id)
+
+
+def test_metrics_do_not_grow_with_the_adapters_that_were(
+    backend: VllmBackend, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = write_adapter(tmp_path / "guest", model_folder, seed=1)
+    for info in [adapter_info(f"guest-{i}") for i in range(3)]:
+        backend.load_adapter(info, folder)
+        free_run(backend, info.id)
+        backend.unload_adapter(info.id)
+    lines = backend.metrics().splitlines()
+    assert len([line for line in lines if line.startswith("vllm:lora_requests_info{")]) == 1
+    assert [line for line in lines if line.startswith("vllm:generation_tokens_total{")]
+    assert not [line for line in lines if not line.startswith(("#", "vllm:"))]
 
 
 def test_prompt_without_room_for_a_token_is_refused(backend: VllmBackend) -> None:
