@@ -6,15 +6,17 @@ and workers follow. So no request ever finds a name that means nothing.
 
 import asyncio
 import contextlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from server.api.serving import Serving
 from server.engine.messages import AdapterInfo
-from server.errors import InvalidRequest, ModelNotFound, QloopError
+from server.errors import Conflict, InvalidRequest, ModelNotFound, QloopError
 from server.store.adapter_import import PathRefused, import_adapter
 from server.store.names import ModelId, NameRefused, parse_model_id
-from server.store.registry import AdapterEntry, RegistryError, UnknownAdapter
+from server.store.registry import AdapterEntry, NotProved, RegistryError, UnknownAdapter
+from server.text.identity import text_identity
 
 PINNED, STATE = "pinned", "state"
 
@@ -54,9 +56,9 @@ class AdapterAdmin:
     async def unload(self, model_id: ModelId, *, cancel: bool = False) -> list[AdapterInfo]:
         return await self._client.unload_adapter(model_id.name, model_id.revision, cancel=cancel)
 
-    async def promote(self, name: str, revision: str) -> AdapterInfo:
+    async def promote(self, name: str, revision: str, *, force: str | None = None) -> AdapterInfo:
         await self._client.load_adapter(name, revision)
-        return await self._move(name, revision)
+        return await self._move(name, revision, force)
 
     async def rollback(self, name: str) -> AdapterInfo:
         """One step back; a second call goes two."""
@@ -82,7 +84,26 @@ class AdapterAdmin:
             elif entry.id in served:
                 row[STATE] = "loaded" if entry.id in states.loaded else "idle"
             rows.append(row)
-        return {"object": "list", "data": rows, "max_loaded": states.max_loaded, "num_loaded": len(states.loaded)}
+        return {
+            "object": "list",
+            "data": rows,
+            "max_loaded": states.max_loaded,
+            "num_loaded": len(states.loaded),
+            "engine": await self._engine_facts(),
+        }
+
+    async def _engine_facts(self) -> dict[str, Any]:
+        """What an adapter must fit: `python -m trainer verify` compares it before and after training."""
+        model = self._serving.model
+        return {
+            "backend": model.backend,
+            "dtype": model.dtype,
+            "model": model.name,
+            "max_adapter_rank": self._serving.settings.max_adapter_rank,
+            "weights_hash": model.weights_hash,
+            "stop_token_ids": model.stop_token_ids,
+            **asdict(await asyncio.to_thread(text_identity, Path(model.path))),
+        }
 
     def card(self, adapter: AdapterInfo | AdapterEntry) -> dict[str, Any]:
         """As the API shows it: served, or only published."""
@@ -104,9 +125,9 @@ class AdapterAdmin:
             "error": None,
         }
 
-    async def _move(self, name: str, revision: str) -> AdapterInfo:
+    async def _move(self, name: str, revision: str, force: str | None = None) -> AdapterInfo:
         with _as_api_errors("name"):
-            await asyncio.to_thread(self._registry.promote, name, revision)
+            await asyncio.to_thread(self._registry.promote, name, revision, force=force)
         return await self._client.load_adapter(name)
 
 
@@ -124,6 +145,9 @@ def _as_api_errors(param: str) -> Any:
         yield
     except UnknownAdapter as error:
         raise ModelNotFound(f"{error}.", param=param) from None
+    except NotProved as error:
+        cure = "Publish it with a report that passes, or promote it with a reason in 'force'."
+        raise Conflict(f"{error}. {cure}", param="force", code="not_proved") from None
     except PathRefused as error:
         raise InvalidRequest(f"{error}.", param=param, code="path_not_allowed") from None
     except RegistryError as error:

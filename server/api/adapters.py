@@ -50,7 +50,7 @@ async def promote_adapter(request: Request) -> JSONResponse:
     serving, body = await operator_body(request, PromoteRequest)
     admin, name = AdapterAdmin(serving), _name(request)
     revision = model_id_of(f"{name}@{body.revision}", "revision").revision or ""
-    return JSONResponse(admin.card(await admin.promote(name, revision)))
+    return JSONResponse(admin.card(await admin.promote(name, revision, force=body.force)))
 
 
 async def rollback_adapter(request: Request) -> JSONResponse:

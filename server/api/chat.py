@@ -141,6 +141,11 @@ def _num_logprobs(body: ChatRequest) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
+def _num_top(body: ChatRequest) -> int:
+    """How many tokens are shown at each position."""
+    return len(body.logprob_token_ids or ()) or body.top_logprobs or 0
+
+
 # --- one body ---
 
 
@@ -164,7 +169,7 @@ def _whole_choice(answer: Answer, body: ChatRequest, index: int, deltas: list[De
     return {
         "index": index,
         "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None},
-        "logprobs": chat_logprobs(entries, body.top_logprobs or 0, tokenizer) if body.logprobs else None,
+        "logprobs": chat_logprobs(entries, _num_top(body), tokenizer) if body.logprobs else None,
         "finish_reason": deltas[-1].finish_reason,
         "stop_reason": deltas[-1].stop_reason,
     }
@@ -186,7 +191,7 @@ class ChatChunks:
     def __init__(self, answer: Answer, body: ChatRequest) -> None:
         self._answer = answer
         self._tokenizer = answer.serving.text.renderer.tokenizer
-        self._num_top = (body.top_logprobs or 0) if body.logprobs else None
+        self._num_top = _num_top(body) if body.logprobs else None
         self._has_usage, self._has_continuous = body.wants_usage, body.wants_continuous_usage
         common = {
             "id": answer.id,

@@ -5,6 +5,8 @@ Joins the detokenizer and the stop strings. The same code serves streams and who
 
 from dataclasses import dataclass
 
+import msgspec
+
 from server.engine.messages import FinishReason, SequenceOutput, TokenLogprobs
 from server.text.detokenize import Detokenizer
 from server.text.stop import StopStrings
@@ -31,6 +33,7 @@ class ChoiceOptions:
     include_stop: bool = False
     skip_special_tokens: bool = True
     hidden_stop_ids: frozenset[int] = frozenset()  # the model's own: they never show as `stop_reason`
+    logprob_token_ids: tuple[int, ...] = ()  # shown instead of the likeliest ones
 
 
 class Choice:
@@ -48,13 +51,23 @@ class Choice:
         if output.finish_reason is FinishReason.STOP and not self._options.include_stop:
             ids = ids[:-1]  # the stop id is counted, not shown
         before = self.num_tokens
-        delta = Delta(self.index, self._text_of(ids), output.logprobs, output.prompt_logprobs)
+        delta = Delta(self.index, self._text_of(ids), self._logprobs(output), output.prompt_logprobs)
         if self._stops is not None and self._stops.matched is not None:
             self._stopped_by_string(delta, self.num_tokens - before)
         else:
             self.num_tokens += len(output.new_token_ids) - len(ids)
             self._finish_with_engine(delta, output)
         return delta
+
+    def _logprobs(self, output: SequenceOutput) -> list[TokenLogprobs] | None:
+        """Where certain tokens were asked for, they stand where the likeliest ones stood."""
+        asked = self._options.logprob_token_ids
+        if not asked or output.logprobs is None:
+            return output.logprobs
+        return [
+            msgspec.structs.replace(entry, top_token_ids=list(asked), top_logprobs=entry.given_logprobs)
+            for entry in output.logprobs
+        ]
 
     def _text_of(self, ids: list[int]) -> str:
         add, stops = self._detokenizer.add, self._stops

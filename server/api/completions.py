@@ -192,7 +192,8 @@ class CompletionWriter:
         if is_first and self._echoes_logprobs:
             entries = [*self._prompt_logprobs.get(delta.index // self._answer.n, ()), *entries]
             ids = [*self._prompt(delta.index), *ids]
-        shape = completion_logprobs(entries, ids, self._body.logprobs, self._tokenizer, self._offsets[delta.index])
+        num_top = max(self._body.logprobs, len(self._body.logprob_token_ids or ()))
+        shape = completion_logprobs(entries, ids, num_top, self._tokenizer, self._offsets[delta.index])
         self._offsets[delta.index] += sum(map(len, shape["tokens"]))
         return shape
 

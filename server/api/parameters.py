@@ -52,6 +52,7 @@ def sampling_params(
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        logprob_token_ids=_logprob_ids(body, serving, logprobs),
         no_repeat_ngram_size=body.no_repeat_ngram_size or 0,
         **_beam_params(body),
     )
@@ -86,6 +87,7 @@ def choice_options(body: SamplingBody, serving: Serving) -> ChoiceOptions:
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         hidden_stop_ids=frozenset(model_stop_ids(serving)),
+        logprob_token_ids=tuple(body.logprob_token_ids or ()),
     )
 
 
@@ -112,6 +114,16 @@ def _stop_ids(body: SamplingBody, serving: Serving) -> set[int]:
     for token_id in asked:
         _check_id(token_id, serving, "stop_token_ids")
     return asked if body.ignore_eos else asked | model_stop_ids(serving)
+
+
+def _logprob_ids(body: SamplingBody, serving: Serving, logprobs: int | None) -> tuple[int, ...]:
+    ids = tuple(body.logprob_token_ids or ())
+    if ids and logprobs is None:
+        message = "'logprob_token_ids' needs 'logprobs'."
+        raise InvalidRequest(message, param="logprob_token_ids", code="invalid_value")
+    for token_id in ids:
+        _check_id(token_id, serving, "logprob_token_ids")
+    return ids
 
 
 def _logit_bias(body: SamplingBody, serving: Serving) -> dict[int, float]:

@@ -114,6 +114,8 @@ class SamplingBody(_Body):
     include_stop_str_in_output: bool | None = False
     skip_special_tokens: bool | None = True
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    # vLLM's: with `logprobs`, these tokens' are shown at every position instead of the likeliest ones'.
+    logprob_token_ids: list[TokenId] | None = Field(None, max_length=MAX_LOGPROBS)
     user: str | None = None
     metadata: dict[str, str] | None = None
     # How the engine treats the request: vLLM's names.
@@ -222,6 +224,7 @@ class PromoteRequest(_Body):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     revision: str
+    force: str | None = None  # why, for one that the gate refused; its card keeps it
 
 
 class RollbackRequest(_Body):

@@ -6,7 +6,6 @@ so what is rendered here is always what the engine has loaded.
 
 import asyncio
 import hashlib
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -22,10 +21,9 @@ from server.store.home import Home
 from server.store.registry import Registry
 from server.text.identity import template_hash
 from server.text.render import ChatRenderer
+from server.text.sampling_defaults import sampling_defaults
 
 log = logging.getLogger("qloop.worker")
-
-_DEFAULT_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -137,11 +135,6 @@ class Serving:
 
 def load_text(folder: Path) -> TextSide:
     """Raises ConfigError when the folder's tokenizer, template or generation_config.json is damaged."""
-    config_path = folder / "generation_config.json"
-    try:
-        config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
-    except ValueError as error:
-        raise ConfigError(f"{config_path} is not valid JSON: {error}") from error
-    defaults = {name: config[name] for name in _DEFAULT_NAMES if config.get(name) is not None}
+    defaults = sampling_defaults(folder)
     renderer = ChatRenderer.load(folder)
     return TextSide(str(folder), renderer, defaults, template_hash(renderer.template))

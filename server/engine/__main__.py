@@ -26,6 +26,7 @@ from server.engine.load_phase import LoadReport, phase_path
 from server.engine.messages import PROTOCOL_VERSION, ModelInfo, Ready, StartDrain
 from server.errors import ConfigError
 from server.ops.logging import configure_logging
+from server.ops.process import die_with_parent
 from server.settings import Settings, add_arguments, load_settings, prepare_compute_threads
 from server.store.home import Home
 from server.store.registry import Registry
@@ -42,8 +43,11 @@ KEEP_S = 1.0
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m server.engine", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parent-pid", type=int, help="process that started this one; it ends with it (Linux)")
     add_arguments(parser)
     arguments = vars(parser.parse_args(argv))
+    if (parent_pid := arguments.pop("parent_pid")) is not None:
+        die_with_parent(parent_pid)
     try:
         settings = load_settings(arguments).settings
         configure_logging(settings.log_level)

@@ -65,12 +65,24 @@ class AdapterChecks:
         for what, trained, served in (
             ("tokenizer", entry.card.tokenizer_hash, self._text.tokenizer_hash),
             ("chat template", entry.card.chat_template_hash, self._text.chat_template_hash),
+            ("default system prompt", entry.card.default_system_prompt_hash, self._text.default_system_prompt_hash),
         ):
-            if trained and trained != served:
+            if trained and served is not None and trained != served:
                 raise AdapterError(
                     f"it was trained with another {what} ({trained[:12]}) than this model folder has "
                     f"({served[:12] or 'none'}). Put the folder's {what} back, or train the adapter again."
                 )
+        self._check_stops(entry, self._text.turn_end_id)
+
+    def _check_stops(self, entry: AdapterEntry, turn_end_id: int | None) -> None:
+        """It learned to end with these; an engine that does not know one would let it run on."""
+        missing = set(entry.card.stop_token_ids) - {*self._model.stop_token_ids, turn_end_id}
+        if missing:
+            raise AdapterError(
+                f"it was trained to stop at token {min(missing)}, which is no stop token of this model folder "
+                f"({', '.join(map(str, self._model.stop_token_ids)) or 'it has none'}). Put its "
+                "generation_config.json back, or train the adapter again."
+            )
 
     def _check_rank(self, rank: int) -> None:
         if self._max_rank is not None and rank > self._max_rank:

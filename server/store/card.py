@@ -10,6 +10,7 @@ from server.store.model_folder import read_json_object
 
 CARD_NAME = "adapter_card.json"
 CARD_FORMAT = 1
+PASSED, REFUSED, FORCED = "passed", "refused", "forced"  # what the gate decided of a revision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,9 @@ class AdapterCard:
     run_id: str = ""
     scores: dict[str, float] = field(default_factory=dict)
     backends: tuple[str, ...] = ("hf",)  # which engine backends can serve it
+    report_hash: str = ""  # sha256 of the report.json that `scores` come from
+    gate: str = ""  # PASSED, REFUSED or FORCED; "" where no gate was asked
+    gate_reason: str = ""  # what refused, and why it was forced all the same
     name: str = ""
     revision: str = ""
     created: int = 0  # unix seconds

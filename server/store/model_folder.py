@@ -1,6 +1,7 @@
 """Finding and checking base models on disk. Reads file names, JSON and headers; never loads weights or runs code."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,17 @@ def _named_folder(model: str, home: Home) -> Path | None:
     except NameRefused:
         return None
     return folder.resolve() if folder.is_dir() else None
+
+
+def num_weights(path: Path) -> int:
+    """How many numbers a model folder's weights have, by their headers: its parameters, unless they are packed.
+
+    0 for the fake engine's folders, which have no weights.
+    """
+    files = _weight_files(path) if any(path.glob("*.safetensors")) else []
+    tensors = (tensor for file in files for tensor in read_header(file).values())
+    total: int = sum(math.prod(tensor["shape"]) for tensor in tensors)
+    return total
 
 
 def _weight_files(path: Path) -> list[Path]:

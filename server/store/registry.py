@@ -10,12 +10,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from server.errors import ConfigError
-from server.store.card import AdapterCard, CardRefused, read_card, write_card
+from server.store.card import FORCED, REFUSED, AdapterCard, CardRefused, read_card, write_card
 from server.store.hashes import REVISION_FILES, folder_hash, write_text
 from server.store.model_folder import read_json_object
 from server.store.names import NameRefused, check_name, check_revision
@@ -34,6 +35,10 @@ class RegistryError(Exception):
 
 class UnknownAdapter(RegistryError):
     """There is no such name, or no such revision of it."""
+
+
+class NotProved(RegistryError):
+    """The gate refused this revision when it was published."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,27 @@ class Registry:
                 self._point(name, revision, self._history(name))
         return self.get(name, revision)
 
-    def promote(self, name: str, revision: str) -> AdapterEntry:
-        """Point `name` at one of its revisions; an earlier one is a rollback."""
+    def annotate(
+        self, name: str, revision: str, *, scores: Mapping[str, float], report_hash: str, gate: str, gate_reason: str
+    ) -> AdapterEntry:
+        """Write into a revision's card what was measured about it; its content and all else stay as they are."""
         with self._lock():
             entry = self.get(name, revision)
+            return self._rewrite(
+                entry, scores=dict(scores), report_hash=report_hash, gate=gate, gate_reason=gate_reason
+            )
+
+    def promote(self, name: str, revision: str, *, force: str | None = None) -> AdapterEntry:
+        """Point `name` at one of its revisions; an earlier one is a rollback.
+
+        One that the gate refused needs `force`, a reason, and its card keeps it. Raises NotProved without.
+        """
+        with self._lock():
+            entry = self.get(name, revision)
+            if entry.card.gate == REFUSED and not entry.is_current:
+                if force is None:
+                    raise NotProved(f"{entry.id} was refused when it was published: {entry.card.gate_reason}")
+                entry = self._rewrite(entry, gate=FORCED, gate_reason=f"{force}; {entry.card.gate_reason}")
             self._point(entry.name, entry.revision, self._history(entry.name))
         return replace(entry, is_current=True)
 
@@ -166,6 +188,12 @@ class Registry:
             shutil.rmtree(doomed, ignore_errors=True)
             with contextlib.suppress(OSError):
                 (self.path / name).rmdir()  # an import that was refused leaves no empty name
+
+    def _rewrite(self, entry: AdapterEntry, **facts: Any) -> AdapterEntry:
+        """Under the lock: other facts in the card."""
+        card = replace(entry.card, **facts)
+        write_card(entry.path, card)
+        return replace(entry, card=card)
 
     def _point(self, name: str, revision: str, history: list[str], *, remember: bool = True) -> None:
         """Under the lock. The history is written first: a crash in between loses nothing."""

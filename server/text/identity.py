@@ -5,8 +5,10 @@ engine and by `system_fingerprint`.
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.errors import ConfigError
 from server.store.hashes import text_hash
-from server.text.template import ChatTemplate
+from server.text.render import ChatRenderer
+from server.text.template import ChatTemplate, TemplateError
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,8 @@ class TextIdentity:
 
     tokenizer_hash: str
     chat_template_hash: str
+    default_system_prompt_hash: str | None = None  # of what the template puts before a first user's turn; None: unknown
+    turn_end_id: int | None = None  # the token that the template writes after an answer
 
 
 def template_hash(template: ChatTemplate | None) -> str:
@@ -26,4 +30,18 @@ def text_identity(folder: Path) -> TextIdentity:
     """Of a model folder. Raises ConfigError when its template is damaged."""
     tokenizer = folder / "tokenizer.json"
     tokenizer_hash = text_hash(tokenizer.read_text(encoding="utf-8")) if tokenizer.is_file() else ""
-    return TextIdentity(tokenizer_hash, template_hash(ChatTemplate.load(folder)))
+    chat_template_hash = template_hash(ChatTemplate.load(folder))
+    try:
+        renderer = ChatRenderer.load(folder)
+        prompt_hash = text_hash(default_system_prompt(renderer))
+    except (ConfigError, TemplateError):  # whoever encodes with it says so
+        return TextIdentity(tokenizer_hash, chat_template_hash)
+    return TextIdentity(tokenizer_hash, chat_template_hash, prompt_hash, renderer.turn_end_id)
+
+
+def default_system_prompt(renderer: ChatRenderer) -> str:
+    """What the template puts before a first user's turn."""
+    if renderer.template is None:
+        return ""
+    text = renderer.render_text([{"role": "user", "content": "\0"}], add_generation_prompt=False)
+    return text.partition("\0")[0]

@@ -144,7 +144,17 @@ def test_what_the_trainer_publishes_is_served_within_two_seconds(
     service = serve(**hf(model))
     for seed in (1, 2):
         folder = write_adapter(tmp_path / f"run{seed}", model, seed=seed)
-        command = ["publish", str(folder), "--name", "news", "--base", str(model), "--home", str(service.home)]
+        command = [
+            "publish",
+            str(folder),
+            "--name",
+            "news",
+            "--base",
+            str(model),
+            "--home",
+            str(service.home),
+            "--force",
+        ]
         done = subprocess.run(
             [sys.executable, "-m", "trainer", *command],
             env=clean_environment(),

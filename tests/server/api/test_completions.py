@@ -82,6 +82,22 @@ def test_scoring_a_prompt_generates_nothing(http: httpx.Client, logprobs: int | 
     assert stream(PATH, body, http).texts == {0: TEXT}
 
 
+def test_logprobs_of_chosen_tokens(http: httpx.Client) -> None:
+    """vLLM's `logprob_token_ids`: those tokens stand where the likeliest ones stood, in the order asked for."""
+    asked = [IDS[2], IDS[0], IDS[1]]
+    body = {"max_tokens": 3, "ignore_eos": True, "logprob_token_ids": asked, "temperature": 0}
+    texts = [TOKENIZER.decode([token_id]) for token_id in asked]
+    shape = complete(http, **body, prompt=IDS, logprobs=0)["choices"][0]["logprobs"]
+    for position, chosen in zip(shape["top_logprobs"], shape["tokens"], strict=True):
+        assert list(position)[:3] == texts and set(position) == {*texts, chosen}
+    chat = {**body, "messages": [{"role": "user", "content": "x"}], "logprobs": True}
+    answer = http.post("/v1/chat/completions", json=chat).json()["choices"][0]["logprobs"]["content"]
+    assert len(answer) == 3
+    for entry in answer:
+        assert [top["token"] for top in entry["top_logprobs"]] == texts
+        assert all(top["logprob"] < 0 for top in entry["top_logprobs"])
+
+
 def test_prompt_logprobs_in_vllms_shape(http: httpx.Client) -> None:
     entries = complete(http, prompt=IDS, max_tokens=1, prompt_logprobs=2)["choices"][0]["prompt_logprobs"]
     assert entries[0] is None and len(entries) == len(IDS)

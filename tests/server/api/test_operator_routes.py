@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.store.registry import Registry
 from tests.conftest import StartService
 from tests.server.api.near import near_server
 from tests.server.engine.adapters import write_folder
@@ -155,6 +156,25 @@ def test_vllms_clients_work_unchanged(vllm_like: tuple[Service, httpx.Client, Pa
     assert (gone.status_code, gone.text) == (200, "Success: LoRA adapter 'sql' removed successfully.")
     assert client.post("/v1/unload_lora_adapter", json={"lora_name": "sql"}).status_code == 404
     assert client.post(COMPLETIONS, json={"model": "sql", "prompt": "a"}).status_code == 404
+
+
+def test_what_the_gate_refused_is_promoted_only_with_a_reason(
+    vllm_like: tuple[Service, httpx.Client, Path],
+) -> None:
+    service, client, root = vllm_like
+    cards = [
+        client.post("/v1/adapters", json={"name": "g", "path": str(write_folder(root / f"g{i}", i))}).json()
+        for i in (1, 2)
+    ]
+    refused = cards[0]["revision"]
+    registry = Registry(service.home / "adapters")
+    registry.annotate("g", refused, scores={}, report_hash="", gate="refused", gate_reason="domain: -0.1")
+    no = client.post("/v1/adapters/g/promote", json={"revision": refused})
+    assert (no.status_code, no.json()["error"]["code"]) == (409, "not_proved") and "domain: -0.1" in no.text
+    assert client.get("/v1/models/g").json()["root"] == cards[1]["id"]
+    yes = client.post("/v1/adapters/g/promote", json={"revision": refused, "force": "a trial"})
+    assert yes.status_code == 200 and client.get("/v1/models/g").json()["root"] == cards[0]["id"]
+    assert registry.get("g", refused).card.gate_reason == "a trial; domain: -0.1"
 
 
 def test_rollback_and_pins_over_http(vllm_like: tuple[Service, httpx.Client, Path]) -> None:

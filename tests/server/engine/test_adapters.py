@@ -18,6 +18,7 @@ from server.text.identity import TextIdentity
 from tests.server.engine.adapters import publish
 
 MakeDesk = Callable[..., AdapterDesk]
+TURN_END = 7  # the token that the template writes after an answer
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def make_desk(backend: FakeBackend, registry: Registry, tmp_path: Path) -> MakeD
     """As a new engine process has it, in the same home; `in_use` are ids that running requests name."""
 
     def make(max_loaded: int = 8, in_use: set[str] | None = None, max_rank: int | None = None) -> AdapterDesk:
-        checks = AdapterChecks(backend.model, TextIdentity("tokenizer", "template"), max_rank)
+        checks = AdapterChecks(backend.model, TextIdentity("tokenizer", "template", "prompt", TURN_END), max_rank)
         table = AdapterTable(registry, backend.model, checks, StateFile(tmp_path / "state.json"))
         used = in_use if in_use is not None else set()
         desk = AdapterDesk(backend, table, max_loaded, used.__contains__)
@@ -166,15 +167,22 @@ def test_files_changed_in_place(make_desk: MakeDesk, registry: Registry) -> None
     refused(desk, "were changed after it was published")
 
 
-@pytest.mark.parametrize("what", ["tokenizer", "chat template"])
+@pytest.mark.parametrize("what", ["tokenizer", "chat template", "default system prompt"])
 def test_another_text_side(make_desk: MakeDesk, registry: Registry, tmp_path: Path, what: str) -> None:
-    field = {"tokenizer": "tokenizer_hash", "chat template": "chat_template_hash"}[what]
-    publish(registry, tmp_path / "x", "own", seed=1, **{field: "another"})
+    publish(registry, tmp_path / "x", "own", seed=1, **{what.replace(" ", "_") + "_hash": "another"})
     refused(make_desk(), f"trained with another {what}")
 
 
 def test_the_same_text_side_is_fine(make_desk: MakeDesk, registry: Registry, tmp_path: Path) -> None:
-    publish(registry, tmp_path / "x", "own", seed=1, tokenizer_hash="tokenizer", chat_template_hash="template")
+    hashes = {"tokenizer_hash": "tokenizer", "chat_template_hash": "template", "default_system_prompt_hash": "prompt"}
+    publish(registry, tmp_path / "x", "own", seed=1, **hashes)
+    assert make_desk().table.find("own", None) is not None
+
+
+def test_stop_tokens_that_would_not_stop(make_desk: MakeDesk, registry: Registry, tmp_path: Path) -> None:
+    publish(registry, tmp_path / "x", "own", seed=1, stop_token_ids=(TURN_END, 4321))
+    refused(make_desk(), "trained to stop at token 4321, which is no stop token")
+    publish(registry, tmp_path / "y", "own", seed=2, stop_token_ids=(TURN_END,))  # the template writes it
     assert make_desk().table.find("own", None) is not None
 
 

@@ -13,6 +13,7 @@ from server.store.model_folder import (
     INDEX_NAME,
     check_model_folder,
     default_served_name,
+    num_weights,
     read_model_config,
     resolve_model,
 )
@@ -32,6 +33,7 @@ def test_a_sharded_model_needs_every_shard(tmp_path: Path) -> None:
         check_model_folder(folder)
     write_safetensors(folder / "model-2.safetensors")
     check_model_folder(folder)
+    assert num_weights(folder) == 2 * num_weights(write_model(tmp_path / "whole")) > 0
 
 
 def test_a_shard_outside_the_folder_is_refused(tmp_path: Path) -> None:
