@@ -17,7 +17,8 @@ from server.store.registry import Registry
 from server.text.render import ChatRenderer
 from tests.server.store.safetensors_files import write_adapter
 from tests.services import ROOT
-from trainer.chat import TRIAL, Talk, Trial, _answer, find_trial
+from trainer.chat import Talk, _answer
+from trainer.child_engine import TRIAL, Trial, find_trial
 from trainer.publish import publish
 
 

@@ -1,0 +1,147 @@
+"""An evaluation that is stopped goes on, loses nothing, and never mixes with another one."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from server.errors import ConfigError
+from tests.trainer.evaluate.scripted import Scripted, choice, text
+from trainer.errors import DataError, DriftError
+from trainer.evaluate.candidate import Answer, AnswerLimits, CandidateLost, ItemFailed, Prompt
+from trainer.evaluate.eval_folder import EvalFolder, read_result, read_scores
+from trainer.evaluate.run import evaluate
+from trainer.evaluate.settings import EvalSettings
+from trainer.evaluate.table import table
+from trainer.evaluate.tasks.choice import ChoiceTask
+from trainer.evaluate.tasks.likelihood import LikelihoodTask
+from trainer.evaluate.tasks.text import BbhTask
+
+SETTINGS = EvalSettings()
+
+
+class Dying(Scripted):
+    """Goes away after so many answers."""
+
+    def __init__(self, lives: int, fails: Callable[[str], bool] = lambda shown: False) -> None:
+        super().__init__(say=lambda shown: "yes")
+        self.lives, self.fails = lives, fails
+        self.max_in_flight = 1
+
+    async def _answer(self, prompt: Prompt, limits: AnswerLimits) -> Answer:
+        if self.lives == 0:
+            raise CandidateLost("scripted: gone")
+        self.lives -= 1
+        if self.fails(prompt.shown):
+            raise ItemFailed("http-400: not this one")
+        return await super()._answer(prompt, limits)
+
+
+def tasks(settings: EvalSettings = SETTINGS) -> list[BbhTask]:
+    return [BbhTask("bbh/bench", [text(f"q{n}", "yes" if n % 2 else "no") for n in range(10)], settings)]
+
+
+async def run(candidate: Scripted, folder: Path, settings: EvalSettings = SETTINGS) -> object:
+    return await evaluate(candidate, tasks(settings), folder, settings, shows_progress=False)
+
+
+async def test_a_candidate_that_dies_half_way(tmp_path: Path) -> None:
+    with pytest.raises(CandidateLost, match=r"gone\. 4 of 10 items are kept in .*; run the same command again"):
+        await run(Dying(4), tmp_path)
+    assert len(read_scores(tmp_path)) == 4
+    with pytest.raises(ConfigError, match="no finished evaluation"):
+        read_result(tmp_path)
+    again = Dying(99)
+    result = await run(again, tmp_path)
+    assert len(again.prompts) == 6  # nothing is asked twice
+    assert read_result(tmp_path) == result
+    assert result.tasks[0].metrics["exact_match"].mean == 0.5 and result.tasks[0].num_scored == 10  # type: ignore[attr-defined]
+    assert result.speed["num_items"] == 6  # type: ignore[attr-defined]
+
+
+async def test_a_torn_line_is_asked_again(tmp_path: Path) -> None:
+    await run(Dying(99), tmp_path)
+    items = tmp_path / "items.jsonl"
+    items.write_bytes(items.read_bytes()[:-20])
+    again = Dying(99)
+    await run(again, tmp_path)
+    assert len(again.prompts) == 1 and len(read_scores(tmp_path)) == 10
+    assert all(json.loads(line) for line in items.read_text().splitlines())
+
+
+async def test_an_item_that_failed_counts_as_wrong_and_is_asked_again(tmp_path: Path) -> None:
+    result = await run(Dying(99, fails=lambda shown: shown == "q1?"), tmp_path)
+    assert result.tasks[0].metrics["exact_match"].mean == 0.4  # type: ignore[attr-defined]
+    assert result.tasks[0].notes["errors"] == {"http-400": 1}  # type: ignore[attr-defined]
+    again = Dying(99)
+    result = await run(again, tmp_path)
+    assert [prompt.shown for prompt in again.prompts] == ["q1?"]
+    assert result.tasks[0].metrics["exact_match"].mean == 0.5  # type: ignore[attr-defined]
+
+
+async def test_another_evaluation_is_refused_and_the_difference_named(tmp_path: Path) -> None:
+    await run(Dying(99), tmp_path)
+    with pytest.raises(DriftError, match=r"settings\.max_tokens: 256, now 9"):
+        await run(Dying(99), tmp_path, replace(SETTINGS, max_tokens=9))
+    with pytest.raises(DriftError, match=r'candidate\.fingerprint: "f", now "g"'):
+        await run(Scripted(fingerprint="g"), tmp_path)
+    other = [BbhTask("bbh/bench", [text("q0", "other")], SETTINGS), ChoiceTask("choice/mmlu", [choice("a")], SETTINGS)]
+    with pytest.raises(DriftError, match=r"tasks\.bbh/bench\.digest: .*tasks\.choice/mmlu: null, now"):
+        await evaluate(Dying(99), other, tmp_path, SETTINGS, shows_progress=False)
+
+
+async def test_asked_again_all_is_forgotten(tmp_path: Path) -> None:
+    await run(Dying(99), tmp_path)
+    changed = replace(SETTINGS, max_tokens=9)
+    candidate = Dying(99)
+    await evaluate(candidate, tasks(changed), tmp_path, changed, again=True, shows_progress=False)
+    assert len(candidate.prompts) == 10 and len((tmp_path / "items.jsonl").read_text().splitlines()) == 10
+
+
+async def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    await run(Dying(99), tmp_path)
+    items = tmp_path / "items.jsonl"
+    lines = items.read_bytes().splitlines(keepends=True)
+    items.write_bytes(b"".join([*lines[:3], b'{"item_id": 3}\n', *lines[4:]]))
+    with pytest.raises(DataError, match=r"items\.jsonl, line 4: .*delete that line"):
+        await run(Dying(99), tmp_path)
+
+
+async def test_results_hold_no_nan(tmp_path: Path) -> None:
+    """One item has no interval, and one that failed no likelihood: JSON has no word for either."""
+    found = [
+        LikelihoodTask("likelihood/one", [text("a", "yes")], SETTINGS),
+        LikelihoodTask("likelihood/none", [text("b", "refused")], SETTINGS),
+        ChoiceTask("choice/mmlu", [choice("c")], SETTINGS),
+    ]
+    result = await evaluate(Scripted(), found, tmp_path, SETTINGS, shows_progress=False)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    for file in ("result.json", "items.jsonl", "eval.json"):
+        for document in (tmp_path / file).read_text().splitlines() if file == "items.jsonl" else [None]:
+            json.loads(document or (tmp_path / file).read_text(), parse_constant=refuse)
+    assert read_result(tmp_path) == result
+    assert result.tasks[0].metrics["perplexity"].low is None and result.tasks[1].metrics == {}
+    shown = "\n".join(table(result))
+    assert "nan" not in shown.lower() and "likelihood/none  log_likelihood  -" in shown
+
+
+async def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is no folder; choose another --output"):
+        await run(Dying(99), tmp_path / "file")
+
+
+async def test_one_process_at_a_time(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    code = "import sys; from pathlib import Path; from trainer.evaluate.eval_folder import EvalFolder\n"
+    code += "with EvalFolder(Path(sys.argv[1])): print('mine')"
+    with EvalFolder(tmp_path):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "another process is evaluating" in done.stderr

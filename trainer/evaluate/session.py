@@ -1,0 +1,73 @@
+"""An evaluation from a name to a finished folder: which folder, which candidate, finished already or not."""
+
+import asyncio
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server.store.hashes import text_hash
+from server.store.home import Home
+from trainer.evaluate.candidate import Candidate
+from trainer.evaluate.eval_folder import RESULT, differences_of, read_result
+from trainer.evaluate.open_candidate import CandidateOptions, open_candidate
+from trainer.evaluate.results import EvalResult
+from trainer.evaluate.run import GO_ON, evaluate, record_of
+from trainer.evaluate.settings import EvalSettings
+from trainer.evaluate.tasks.task import Task
+
+EVALS = "evals"
+_ODD = re.compile(r"[^\w.-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    result: EvalResult
+    folder: Path
+    was_finished: bool
+
+
+def evaluate_name(
+    name: str,
+    tasks: Sequence[Task[Any]],
+    home: Home,
+    settings: EvalSettings,
+    options: CandidateOptions,
+    *,
+    output: Path | None = None,
+    again: bool = False,
+    shows_progress: bool = True,
+) -> Evaluated:
+    """Evaluate into `output`, or into a folder of the home whose name says candidate, settings and files: the same
+    evaluation comes to the same folder, and goes on there. `again` forgets what that folder holds.
+
+    A finished evaluation is not repeated, unless the candidate is a URL that does not say which weights it serves.
+    Raises as `open_candidate` and `trainer.evaluate.run.evaluate`.
+    """
+
+    async def run() -> Evaluated:
+        async with open_candidate(name, home, options) as candidate:
+            folder = output or home.path / EVALS / evaluation_id(candidate, tasks, settings)
+            is_finished = (folder / RESULT).exists()
+            anew = again or (is_finished and output is None and not candidate.info.fingerprint)
+            if is_finished and not anew and not differences_of(folder, record_of(candidate, tasks, settings)):
+                return Evaluated(read_result(folder), folder, True)
+            result = await evaluate(candidate, tasks, folder, settings, again=anew, shows_progress=shows_progress)
+            return Evaluated(result, folder, False)
+
+    try:
+        return asyncio.run(run())
+    except KeyboardInterrupt:
+        print(f"what was answered is kept; {GO_ON}", file=sys.stderr)
+        raise
+
+
+def evaluation_id(candidate: Candidate, tasks: Sequence[Task[Any]], settings: EvalSettings) -> str:
+    """`qwen2-demo-1a2b3c4d5e6f`."""
+    name = candidate.info.name.rstrip("/").replace("://", "-")
+    short = _ODD.sub("-", name[-40:] if "/" in name else name).strip("-.")
+    record = json.dumps(record_of(candidate, tasks, settings), sort_keys=True)
+    return f"{short}-{text_hash(record)[:12]}"
