@@ -3,6 +3,7 @@
 Reads /proc, so on anything but Linux there are no GPUs.
 """
 
+import ctypes
 import os
 import re
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from pathlib import Path
 PROC = Path("/proc")
 DEV = Path("/dev")
 ENGINE_MARK = "server.engine"  # python -m server.engine
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
+RETURNED_BLOCK = 256 << 10  # bytes; tensors of this size and more are given back when they are freed
 # Consumer boards whose drivers lack peer-to-peer: NCCL must be told, or several GPUs hang or stop at the start.
 NO_P2P = re.compile(r"RTX\s*(3090|40\d0)", re.IGNORECASE)
 
@@ -62,6 +65,21 @@ def find_machine() -> Machine:
 def num_cores() -> int:
     """Cores that this process may use; all of them where the system cannot tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def return_freed_memory() -> None:
+    """Let glibc give every large block back to the system when it is freed; a choice in the environment wins.
+
+    It would keep blocks below 32 MiB, and cannot put an aligned block of the same size into the gap of a freed one
+    (glibc before 2.38): LoRA with gradient checkpointing on a 0.5B model grew by 1.2 GiB for 0.2 GiB of live tensors.
+    No cost in CPU time could be told from noise; on a busy machine a step took about a tenth longer. Does nothing
+    without glibc.
+    """
+    if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, RETURNED_BLOCK)
 
 
 def gpu_names(proc: Path = PROC, dev: Path = DEV) -> tuple[str, ...]:

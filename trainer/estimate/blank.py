@@ -1,0 +1,82 @@
+"""Any architecture on torch's meta device: the real modules, no weights, no memory.
+
+Counts parameters of a model, and what a method would train in it, with the trainer's own code.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from server.errors import ConfigError
+from trainer.config import TrainConfig
+from trainer.errors import first_line
+from trainer.estimate.shape import Linear, ModelShape
+
+
+def blank_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The folder's architecture on the meta device. Raises ConfigError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"{folder}: its architecture cannot be built: {first_line(error)}") from error
+
+
+def blank_shape(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> ModelShape:
+    """The shape of an architecture that `shape_of` does not know. Parameters are exact, activations approximate."""
+    from trainer.methods.apply import decoder_layers
+
+    model = blank_model(folder, trust_remote_code=trust_remote_code)
+    layers = decoder_layers(model)
+    hidden = int(model.get_input_embeddings().weight.shape[1])
+    linears = tuple(_linears(layers[0]))
+    own_layer = sum(weight.numel() for weight in layers[0].parameters())
+    heads = int(getattr(model.config, "num_attention_heads", 0) or 1)
+    kv_heads = int(getattr(model.config, "num_key_value_heads", None) or heads)
+    head = model.get_output_embeddings()
+    return ModelShape(
+        model_type=str(config["model_type"]),
+        vocabulary=int(model.get_input_embeddings().weight.shape[0]),
+        hidden=hidden,
+        layers=len(layers),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=int(getattr(model.config, "head_dim", None) or hidden // heads),
+        feed_forward=max((max(linear.inputs, linear.outputs) for linear in linears), default=hidden),
+        is_tied=head is not None and head.weight is model.get_input_embeddings().weight,
+        linears=linears,
+        num_norms=0,
+        num_outside=sum(weight.numel() for weight in model.parameters())
+        - sum(weight.numel() for layer in layers for weight in layer.parameters()),
+        most_positions=int(getattr(model.config, "max_position_embeddings", 0) or 0),
+        is_exact=False,
+        own_layer=own_layer,
+    )
+
+
+def count_trained(folder: Path, config: TrainConfig) -> int:
+    """Trainable parameters of any method, counted on the real modules. Raises ConfigError as training would."""
+    import torch
+
+    from trainer.methods.apply import apply_method, describe
+
+    model = blank_model(folder, trust_remote_code=config.trust_remote_code)
+    with torch.device("meta"):
+        return describe(apply_method(model, config)).num_trained
+
+
+def _linears(layer: Any) -> list[Linear]:
+    found = []
+    for name, part in layer.named_modules():
+        weight: Any = getattr(part, "weight", None)
+        if type(part).__name__ == "Linear":
+            found.append(Linear(name, weight.shape[1], weight.shape[0], part.bias is not None))
+        elif type(part).__name__ == "Conv1D":  # GPT-2's, which lies the other way round
+            found.append(Linear(name, weight.shape[0], weight.shape[1], True))
+    return found
