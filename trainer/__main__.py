@@ -10,12 +10,24 @@ from server.errors import ConfigError
 from server.settings import prepare_compute_threads
 from server.store.home import Home
 from server.store.registry import RegistryError
-from trainer.commands import data, runs, tools, train
+from trainer.commands import (
+    benchmarks,
+    compare,
+    data,
+    estimate,
+    evaluate,
+    publish,
+    quantization,
+    runs,
+    tools,
+    train,
+    verify,
+)
 from trainer.config import default_home
 from trainer.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, TrainerError
 from trainer.launch import end
 
-GROUPS = (train, data, tools, runs)
+GROUPS = (train, data, tools, runs, benchmarks, evaluate, compare, verify, publish, quantization, estimate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -177,6 +177,7 @@ class TrainConfig:
     num_processes: int | None = _option(
         "Processes on this machine. Unset: one per GPU.", least=1, also="num_gpus nproc_per_node n_gpu nproc"
     )
+    memory_check: bool = _option("Refuse a run that surely will not fit before anything is loaded.", True)
     cpu_ok: bool = _option("Without a GPU, replace the settings that need one, and say which.", False)
 
     # Watching, keeping
@@ -185,6 +186,12 @@ class TrainConfig:
         "When to evaluate. Unset: every eval_steps where there is validation data.", also="evaluation_strategy"
     )
     eval_steps: float = _option("Steps between evaluations; below 1: a share of all steps.", 0.05, above=0.0)
+    eval_tasks: tuple[str, ...] = _option(
+        "What `eval --task` takes (mmlu/, identity=NAME, likelihood=held_out.jsonl): asked of an engine before the "
+        "first step, at each evaluation and at the end.",
+        (),
+    )
+    eval_task_limit: int | None = _option("Ask at most so many items of each of eval_tasks; none: all.", 100, least=1)
     save_strategy: Literal["no", "steps", "epoch"] = _option("When to write a checkpoint.", "steps")
     save_steps: float = _option(
         "Steps between checkpoints; below 1: a share of all steps.", 0.05, above=0.0, also="save_interval"

@@ -79,7 +79,7 @@ def _gpus(machine: Machine) -> Iterator[str]:
     if not torch_has_cuda():
         yield f"GPU: {len(names)} found, but the installed torch is a CPU build; install the CUDA build of it"
         return
-    for line in _smi("index,name,memory.free,memory.total") or list(names):
+    for line in smi_lines("index,name,memory.free,memory.total") or list(names):
         yield f"GPU: {line}"
     if len(names) != machine.num_gpus:
         yield f"GPU: CUDA_VISIBLE_DEVICES leaves {machine.num_gpus} of {len(names)}"
@@ -115,14 +115,14 @@ def _what_can_train(machine: Machine, ram: Memory) -> Iterator[str]:
 
 
 def _gpu_memory() -> Memory | None:
-    for line in _smi("memory.free,memory.total"):
+    for line in smi_lines("memory.free,memory.total"):
         numbers = re.findall(r"\d+", line)
         if len(numbers) == 2:
             return Memory(int(numbers[0]) * 2**20, int(numbers[1]) * 2**20)
     return None
 
 
-def _smi(fields: str) -> list[str]:
+def smi_lines(fields: str) -> list[str]:
     """Lines of nvidia-smi; empty where it is missing or does not answer."""
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:

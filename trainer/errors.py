@@ -7,6 +7,7 @@
     ├── DriftError               4  a checkpoint that belongs to other data, another base or other settings
     ├── Diverged                 5  loss or gradient is no longer a number
     ├── DoesNotFit               6  the memory that it needs is not there, or another process holds the device
+    ├── GateRefused              7  the name was not moved: what was measured is not good enough
     ├── NotServable              8  what was trained differs from what would be served
     └── Stopped                143  asked to stop; a checkpoint was saved first
 
@@ -68,6 +69,10 @@ def does_not_fit(error: BaseException) -> DoesNotFit:
         f"memory ran out ({first_line(error)}): lower per_device_train_batch_size or max_length, set "
         "gradient_checkpointing=true, train with lora or qlora, or divide the model with deepspeed=zero3"
     )
+
+
+class GateRefused(TrainerError):
+    exit_code = 7
 
 
 class NotServable(TrainerError):

@@ -52,6 +52,12 @@ def any_rank(flag: bool, device: Any) -> bool:
     return bool(found.item())
 
 
+def gathered(trainer: Any) -> Any:
+    """All weights where they lie on several ranks (FSDP2, ZeRO), else None. Every process takes part."""
+    is_split = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_split else None
+
+
 def _group() -> Any:
     import torch.distributed as group
 

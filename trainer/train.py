@@ -1,12 +1,13 @@
 """One training run, from config to a saved model or adapter in its run folder.
 
-Reading order: `train` -> `_run` -> a module of `trainer.stages` -> `_save`. The loop is transformers' Trainer;
-`trainer.steps.loop` makes its steps exact, `trainer.runs.session` gives the run its folder and its end.
+Reading order: `train` -> `_run` -> a module of `trainer.stages` -> `Job.write_weights`. The loop is transformers'
+Trainer; `trainer.steps.loop` makes its steps exact, `trainer.runs.session` gives the run its folder and its end.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
@@ -19,19 +20,24 @@ from server.store.model_folder import read_model_config, resolve_model
 from server.text.identity import text_identity
 from trainer.config import TrainConfig
 from trainer.errors import does_not_fit, is_memory_fault
+from trainer.estimate.gate import check_fits
 from trainer.examples.dataset import dataset_hash
 from trainer.ledger import Ledger
+from trainer.machine import return_freed_memory
 from trainer.methods.apply import apply_method, describe
 from trainer.methods.base_model import load_base, load_blank
 from trainer.methods.faults import check_method
 from trainer.options.arguments import attention_of, load_dtype, loading
 from trainer.options.checks import WHOLE_METHODS
-from trainer.ranks import rank, wait_for_all
+from trainer.ranks import first_decides, gathered, rank, wait_for_all
 from trainer.results.card import make_card
 from trainer.results.save import save_adapter, save_model
 from trainer.runs.resume import HASHES, run_identity
 from trainer.runs.run_folder import RunFolder
 from trainer.runs.session import Session, run_session, say
+
+if TYPE_CHECKING:
+    from trainer.evaluate.during import RunEvaluation, TaskPlan
 
 REJECTS = "rejects.jsonl"
 
@@ -45,10 +51,15 @@ class Job:
     home: Home
     session: Session
     title: str
+    evaluation: "RunEvaluation | None" = None
 
     @property
     def run(self) -> RunFolder:
         return self.session.run
+
+    def check_memory(self, lengths: Sequence[int]) -> None:
+        """`lengths`: tokens of the rows. Raises DoesNotFit; to be called before anything is loaded."""
+        check_fits(self.config, self.base, lengths)
 
     def load_model(self) -> Any:
         """The base with the method applied. Raises ConfigError."""
@@ -70,6 +81,22 @@ class Job:
         self.say(str(size))
         return model
 
+    def write_weights(self, trainer: Any, state: Any, folder: Path) -> None:
+        """What is trained, as `adapter` or `model` in `folder`; `state` is what `gathered` gave."""
+        config = self.config
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if config.finetuning_type in WHOLE_METHODS:
+            save_model(model, self.base, folder / "model", state_dict=state)
+            return
+        name, record = base_name(config), {**self.session.identity, "id": self.run.id, "config": _options(config)}
+        save_adapter(
+            model,
+            name,
+            folder / "adapter",
+            card=lambda adapter: make_card(adapter, self.base, name, record, self.home.hash_cache),
+            state_dict=state,
+        )
+
     def ledger(self) -> Ledger:
         return Ledger(self.run.path / REJECTS if rank() == 0 else None)
 
@@ -83,10 +110,13 @@ def train(config: TrainConfig, home: Home, *, title: str | None = None) -> RunFo
 
     Raises ConfigError, DataError, DriftError, Diverged, DoesNotFit and Stopped; see trainer.errors.
     """
+    return_freed_memory()
     # A run shows one bar of its own.
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     base = resolve_model(config.model_name_or_path, home)
-    notes = check_method(config, read_model_config(base))
+    model_config = read_model_config(base)
+    notes = check_method(config, model_config)
+    plan = _plan_tasks(config, model_config)
     # Joins the other processes of the run, if there are any, before they agree on its folder.
     processes = PartialState(cpu=not torch.cuda.is_available())
     identity = run_identity(
@@ -98,6 +128,8 @@ def train(config: TrainConfig, home: Home, *, title: str | None = None) -> RunFo
     )
     with run_session(config, home.runs, identity) as session:
         job = Job(config, base, home, session, title or config.stage)
+        if plan is not None:
+            job = replace(job, evaluation=_evaluation(job, plan))
         for note in notes:
             job.say(note)
         try:
@@ -109,19 +141,49 @@ def train(config: TrainConfig, home: Home, *, title: str | None = None) -> RunFo
     return session.run
 
 
+def _plan_tasks(config: TrainConfig, model_config: Mapping[str, Any]) -> "TaskPlan | None":
+    if not config.eval_tasks:
+        return None
+    from trainer.evaluate.during import plan_tasks
+
+    return plan_tasks(config, model_config)
+
+
+def _evaluation(job: Job, plan: "TaskPlan") -> "RunEvaluation":
+    from trainer.evaluate.during import RunEvaluation
+
+    return RunEvaluation(plan, job.run, job.base, job.home, job.session.stop, job.say)
+
+
 def _run(job: Job) -> None:
     job.run.record(base_path=str(job.base), **{name: job.session.identity[name] for name in HASHES})
     set_seed(job.config.seed)
     trainer = _trained(job)
-    _save(job, trainer)
+    state_dict = gathered(trainer)
+    if rank() == 0:
+        job.write_weights(trainer, state_dict, job.run.path)
+    wait_for_all()
+    del state_dict
     state = trainer.state
+    figures = _last_evaluation(job, trainer)
     job.run.finish(
         "done",
         steps=state.global_step,
         train_loss=_last(state.log_history, "loss"),
         eval_loss=_last(state.log_history, "eval_loss"),
         output="model" if job.config.finetuning_type in WHOLE_METHODS else "adapter",
+        **({"eval_tasks": figures} if figures else {}),
     )
+
+
+def _last_evaluation(job: Job, trainer: Any) -> dict[str, float] | None:
+    """Of the result, by the engine: the figures of its step, or made now."""
+    if job.evaluation is None:
+        return None
+    evaluation, state = job.evaluation, trainer.state
+    is_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    step = state.best_global_step if is_best else state.global_step
+    return first_decides(lambda: evaluation.finish(step, job.run.path))
 
 
 def _trained(job: Job) -> Any:
@@ -137,31 +199,6 @@ def _trained(job: Job) -> Any:
     from trainer.stages.preference import train_preference
 
     return train_preference(job)
-
-
-def _save(job: Job, trainer: Any) -> None:
-    """Every process takes part in gathering the weights; the first one writes them."""
-    config, run = job.config, job.run
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if _is_split(trainer) else None
-    if rank() == 0:
-        if config.finetuning_type in WHOLE_METHODS:
-            save_model(model, job.base, run.model, state_dict=state)
-        else:
-            name, record = base_name(config), {**job.session.identity, "id": run.id, "config": _options(config)}
-            save_adapter(
-                model,
-                name,
-                run.adapter,
-                card=lambda adapter: make_card(adapter, job.base, name, record, job.home.hash_cache),
-                state_dict=state,
-            )
-    wait_for_all()
-
-
-def _is_split(trainer: Any) -> bool:
-    """Whether the weights lie on several ranks (FSDP2, ZeRO)."""
-    return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
 
 
 def _options(config: TrainConfig) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def modules_after(code: str) -> set[str]:
 
 LEVELS = [
     [],
-    *(["train"], ["dpo"], ["inspect"], ["data"], ["runs"], ["doctor"], ["merge"], ["publish"], ["chat"], ["plot"]),
+    *(["train"], ["dpo"], ["inspect"], ["estimate"], ["data"], ["runs"], ["doctor"], ["merge"], ["publish"]),
+    *(["chat"], ["plot"]),
 ]
 
 
@@ -108,9 +109,11 @@ def test_train_then_publish_from_the_command_line(
     file.write_text(f"model: {tiny_model}\ndata: {data}\nnum_epochs: 1\nlora_rank: 2\nmax_length: 256\n")
     home = ["--home", str(tmp_path / "home")]
     assert main(["train", *home, str(file), "run_id=mine"]) == 0
-    assert main(["publish", *home, "mine", "--name", "my-adapter"]) == 0
+    assert main(["publish", *home, "mine", "--name", "my-adapter"]) == 7  # it held no rows out: nothing proves it
+    assert "the run held no rows out" in capsys.readouterr().err
+    assert main(["publish", *home, "mine", "--name", "my-adapter", "--force"]) == 0
     (entry,) = Registry(tmp_path / "home" / "adapters").entries()
-    assert (entry.name, entry.card.run_id) == ("my-adapter", "mine")
+    assert (entry.name, entry.card.run_id, entry.card.gate) == ("my-adapter", "mine", "forced")
     assert f"published {entry.id}" in capsys.readouterr().out
 
     assert main(["runs", *home]) == 0
@@ -151,6 +154,6 @@ def test_a_foreign_adapter_folder_is_published_with_its_base(
     arguments = ["publish", "--home", str(tmp_path / "home"), str(adapter), "--name", "foreign"]
     assert main(arguments) == 2
     assert "give it with --base" in capsys.readouterr().err
-    assert main([*arguments, "--base", str(tiny_model)]) == 0
+    assert main([*arguments, "--base", str(tiny_model), "--force", "--reason", "known"]) == 0
     entry = Registry(Home(tmp_path / "home").adapters).get("foreign")
     assert (entry.card.base_model, entry.card.rank) == ("tiny-qwen2", 8)

@@ -1,4 +1,4 @@
-"""Commands around a run: look at its rows, turn its result into something else, publish it, try it, see the machine."""
+"""Commands around a run: look at its rows, turn its result into something else, try it, see the machine."""
 
 import argparse
 from pathlib import Path
@@ -21,7 +21,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", shared:
     inspect.set_defaults(run=_inspect)
 
     merge = commands.add_parser("merge", parents=[shared], help="add an adapter's weights to its base model")
-    merge.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run's id or folder, or an adapter folder")
+    merge.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run's id or folder, an adapter's folder or name")
     merge.add_argument("output", type=Path, help="the merged model's folder; it must not exist")
     merge.add_argument("--base", help="base model, if the adapter does not name it")
     merge.add_argument("--trust-remote-code", action="store_true", help=TRUST)
@@ -33,14 +33,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", shared:
     quantize.add_argument("--bits", type=int, choices=(4, 8), default=4, help="4: nf4, 8: int8 [4]")
     quantize.add_argument("--trust-remote-code", action="store_true", help=TRUST)
     quantize.set_defaults(run=_quantize)
-
-    publish = commands.add_parser("publish", parents=[shared], help="put an adapter into the registry")
-    publish.add_argument(
-        "folder", type=Path, metavar="RUN_OR_FOLDER", help="a run's id or folder, or an adapter folder"
-    )
-    publish.add_argument("--name", required=True, help="the adapter's name in the API")
-    publish.add_argument("--base", help="base model, if the adapter does not name it")
-    publish.set_defaults(run=_publish)
 
     chat = commands.add_parser("chat", parents=[shared], help="talk to a model or to a run's result")
     chat.add_argument("model", metavar="RUN_OR_MODEL", help="a run's id or folder, a model folder, name or hub id")
@@ -71,10 +63,11 @@ def _inspect(options: argparse.Namespace, home: Home) -> int:
 
 
 def _merge(options: argparse.Namespace, home: Home) -> int:
+    from trainer.results.adapter_folder import named_adapter
     from trainer.results.merge import merge
 
-    folder = Path(options.source) if Path(options.source).is_dir() else home.runs / options.source
-    print(merge(folder, options.output, home, base=options.base, trust=options.trust_remote_code))
+    folder, base = named_adapter(options.source, home)
+    print(merge(folder, options.output, home, base=options.base or base, trust=options.trust_remote_code))
     return 0
 
 
@@ -83,15 +76,6 @@ def _quantize(options: argparse.Namespace, home: Home) -> int:
 
     model = resolve_model(options.model, home)
     print(quantize(model, options.output, options.bits, trust=options.trust_remote_code))
-    return 0
-
-
-def _publish(options: argparse.Namespace, home: Home) -> int:
-    from trainer.publish import publish
-
-    folder = options.folder if options.folder.is_dir() else home.runs / options.folder
-    entry = publish(folder, options.name, home, base=options.base)
-    print(f"published {entry.id} in {entry.path}")
     return 0
 
 

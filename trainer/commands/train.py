@@ -9,7 +9,7 @@ from typing import get_args
 
 from server.store.home import Home
 from trainer.launch import is_first_rank, launch
-from trainer.machine import find_machine
+from trainer.machine import Machine, find_machine
 from trainer.options.describe import describe, describe_options
 from trainer.options.resolve import Resolved, resolve
 from trainer.options.sources import join_flags
@@ -20,6 +20,16 @@ STAGES: tuple[str, ...] = get_args(HINTS["stage"])
 CONTROLS = {
     **{name: {"--home": True, "--print-config": False, "-h": False, "--help": False} for name in ("train", *STAGES)},
     "inspect": {"--home": True, "-n": True, "-h": False, "--help": False},
+    "verify": {
+        **dict.fromkeys(("--home", "--engine", "--server", "--max-rank", "--base"), True),
+        **dict.fromkeys(("--prompts", "--tokens", "--output"), True),
+        **dict.fromkeys(("--trust-remote-code", "-h", "--help"), False),
+    },
+    "estimate": {
+        **dict.fromkeys(("--home", "--gpus", "--probe", "--context", "--concurrency"), True),
+        **dict.fromkeys(("--dtype", "--kv-dtype", "--adapters"), True),
+        **dict.fromkeys(("--serve", "--json", "--no-data", "-h", "--help"), False),
+    },
 }
 EPILOG = """\
 CFG is a .json or .yaml file of options, or a shell script (.sh) that starts another tool's training: it is read, not
@@ -74,13 +84,13 @@ def arrange(arguments: Sequence[str]) -> list[str]:
     return [arguments[0], *own, "--", *rest]
 
 
-def resolve_words(words: Sequence[str], stage: str | None = None) -> Resolved:
+def resolve_words(words: Sequence[str], stage: str | None = None, machine: Machine | None = None) -> Resolved:
     """The configuration of a command's words: the first that is no `key=value` is the file."""
     joined = join_flags(words, SWITCHES, LISTS)
     files = [word for word in joined if not re.match(r"[A-Za-z_][\w-]*=", word)]
     if files:
         joined.remove(files[0])
-    return resolve(Path(files[0]) if files else None, joined, stage=stage)
+    return resolve(Path(files[0]) if files else None, joined, stage=stage, machine=machine)
 
 
 def _train(options: argparse.Namespace, home: Home) -> int:

@@ -8,11 +8,11 @@ from trainer.data.json_values import LONGEST, Found
 from trainer.data.rows import RowRefused
 
 
-def table_values(stream: TextIO) -> Iterator[Found]:
-    """Records by the line on which they begin; quoted line breaks belong to their field."""
+def table_values(stream: TextIO, header: str | None = None) -> Iterator[Found]:
+    """Records by the line on which they begin; quoted line breaks belong to their field. `header`: of one without."""
     csv.field_size_limit(LONGEST)
     lines = _Lines(stream)
-    header = next(lines, "")
+    header = next(lines, "") if header is None else header
     delimiter = max(",\t;", key=header.count)
     names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
     twice = {name for name in names if name and names.count(name) > 1}

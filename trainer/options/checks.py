@@ -40,6 +40,7 @@ ONLY_FOR_STAGES = {
     ("neftune_noise_alpha",): ("pt", "sft"),
     ("max_source_length", "max_target_length"): ("sft", "dpo", "rm"),
     ("sample_prompts",): ("pt", "sft", "dpo", "ppo"),
+    ("eval_tasks", "eval_task_limit"): ("pt", "sft", "dpo"),  # an engine serves no reward model
     ("val_file", "val_size", "eval_strategy", "load_best_model_at_end", "early_stopping_patience"): _WITHOUT_PPO,
     ("save_strategy", "save_total_limit"): _WITHOUT_PPO,
 }
@@ -72,6 +73,8 @@ def given_faults(config: "TrainConfig", given: Iterable[str]) -> list[str]:
             ]
     if "replay_ratio" in names and not config.replay_file:
         faults.append("replay_ratio without replay_file: name the general data with replay_file")
+    if "eval_task_limit" in names and not config.eval_tasks:
+        faults.append("eval_task_limit without eval_tasks: name the tasks with eval_tasks")
     return faults
 
 
@@ -231,8 +234,8 @@ def _watching_rules(c: "TrainConfig") -> Rules:
         (bool(c.val_file) and c.val_size > 0, "val_file with val_size: take one of the two"),
         (c.val_size > 1 and c.val_size != int(c.val_size), f"val_size={c.val_size}: a share below 1 or a whole number"),
         (
-            c.eval_strategy in ("steps", "epoch") and not has_validation,
-            f"eval_strategy={c.eval_strategy} without validation data: set val_file or val_size",
+            c.eval_strategy in ("steps", "epoch") and not has_validation and not c.eval_tasks,
+            f"eval_strategy={c.eval_strategy} without validation data: set val_file or val_size, or eval_tasks",
         ),
         (
             c.hf_arguments.get("eval_on_start") is True and not evaluates,

@@ -8,7 +8,8 @@ from server.errors import ConfigError
 from server.store.card import CARD_NAME
 from server.store.home import Home
 from server.store.model_folder import default_served_name, read_json_object, resolve_model
-from server.store.registry import CONFIG_NAME, check_adapter_folder
+from server.store.names import NameRefused, parse_model_id
+from server.store.registry import CONFIG_NAME, Registry, UnknownAdapter, check_adapter_folder
 from trainer.results.card import run_bits
 from trainer.runs.resume import HASHES
 from trainer.runs.run_folder import read_run
@@ -44,6 +45,38 @@ class FoundAdapter:
     def _card(self) -> dict[str, Any]:
         path = self.folder / CARD_NAME
         return read_json_object(path) if path.is_file() else {}
+
+
+def named_folder(name: str, home: Home) -> tuple[Path, str | None] | None:
+    """What `name` means: a folder, a run's id, or a published `name` or `name@revision` with the base its card names.
+
+    None: none of them, so it may be a model's name. Raises ConfigError or RegistryError for a revision that is none.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder, None
+    if (home.runs / name / "run.json").is_file():
+        return home.runs / name, None
+    try:
+        wanted = parse_model_id(name)
+        entry = Registry(home.adapters).get(wanted.name, wanted.revision)
+    except (NameRefused, UnknownAdapter) as error:
+        if "@" in name:
+            raise ConfigError(f"{name}: {error}") from None
+        return None
+    # A card names its base as the API does; what is not in the home is found by adapter_config.json.
+    base = entry.card.base_model
+    return entry.path, base if (home.models / base).is_dir() else None
+
+
+def named_adapter(name: str, home: Home) -> tuple[Path, str | None]:
+    """`named_folder` where a model would not do. Raises ConfigError and RegistryError."""
+    found = named_folder(name, home)
+    if found is None:
+        raise ConfigError(
+            f"{name}: is no run, no adapter folder and no published adapter; `python -m trainer runs` lists the runs"
+        )
+    return found
 
 
 def find_adapter(folder: Path, home: Home, base: str | None = None) -> FoundAdapter:

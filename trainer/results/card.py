@@ -8,7 +8,7 @@ from server.store.card import AdapterCard
 from server.store.hashes import text_hash, weights_hash
 from server.store.model_folder import check_model_folder, read_json_object
 from server.store.servability import largest_rank, servable
-from server.text.identity import TextIdentity, text_identity
+from server.text.identity import TextIdentity, default_system_prompt, text_identity
 from server.text.render import ChatRenderer
 from trainer.errors import NotServable
 
@@ -34,7 +34,7 @@ def make_card(
         base_weights_hash=checked_base_hash(run.get("base_weights_hash"), base, cache_path),
         tokenizer_hash=text.tokenizer_hash,
         chat_template_hash=text.chat_template_hash,
-        default_system_prompt_hash=text_hash(_default_system_prompt(renderer)),
+        default_system_prompt_hash=text_hash(default_system_prompt(renderer)),
         stop_token_ids=_stop_ids(base, renderer),
         method=str(adapter_config["peft_type"]).lower(),
         rank=largest_rank(adapter_config),
@@ -71,14 +71,6 @@ def run_bits(run: Mapping[str, Any]) -> int:
     options = config if isinstance(config, Mapping) else {}
     bits = options.get("quantization_bit")
     return bits if isinstance(bits, int) else 4 if options.get("finetuning_type") == "qlora" else 0
-
-
-def _default_system_prompt(renderer: ChatRenderer) -> str:
-    """What the template puts before a first user's turn."""
-    if renderer.template is None:
-        return ""
-    text = renderer.render_text([{"role": "user", "content": "\0"}], add_generation_prompt=False)
-    return text.partition("\0")[0]
 
 
 def _stop_ids(base: Path, renderer: ChatRenderer) -> tuple[int, ...]:

@@ -64,9 +64,9 @@ def merge(folder: Path, output: Path, home: Home, *, base: str | None = None, tr
     check_model_folder(found.base)
     checked_base_hash(found.trained_on, found.base, home.hash_cache)
     prompts = prompt_ids(found.base)
-    model = _with_adapter(found, trust)
+    model = with_adapter(found, trust)
     expected = logits_of(model, prompts)
-    merged = _merged(model, found)
+    merged = merged_model(model, found)
     exact = logits_of(merged, prompts)
     _check_exact(found.folder, expected, exact)
     with written_aside(output) as aside:
@@ -114,7 +114,7 @@ def _notes(found: FoundAdapter) -> tuple[str, ...]:
     )
 
 
-def _with_adapter(found: FoundAdapter, trust: bool) -> Any:
+def with_adapter(found: FoundAdapter, trust: bool) -> Any:
     """The base with the adapter, in float32 and not merged yet."""
     model = load_base(found.base, dtype=torch.float32, trust_remote_code=trust)
     try:
@@ -137,7 +137,8 @@ def _with_adapter(found: FoundAdapter, trust: bool) -> Any:
     return adapted
 
 
-def _merged(model: Any, found: FoundAdapter) -> Any:
+def merged_model(model: Any, found: FoundAdapter) -> Any:
+    """The base's own class again, with the adapter's change in its weights. Raises ConfigError."""
     try:
         return model.merge_and_unload()
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:

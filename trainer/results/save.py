@@ -21,6 +21,7 @@ from server.store.registry import CONFIG_NAME, WEIGHTS_NAME
 from trainer.methods.base_model import saved_dtype
 from trainer.results.text_files import copy_text_files
 
+TRAINED = "default"  # PEFT's name for an adapter that was given none
 MakeCard = Callable[[Mapping[str, Any]], AdapterCard]
 StateDict = Mapping[str, torch.Tensor]
 
@@ -64,7 +65,10 @@ def save_adapter(
     Someone who wants embeddings trained and saved names them in peft_config's modules_to_save.
     """
     with written_aside(target) as aside:
-        model.save_pretrained(str(aside), save_embedding_layers=False, state_dict=state_dict)
+        # Not the frozen copy that TRL keeps beside it while it trains.
+        model.save_pretrained(
+            str(aside), save_embedding_layers=False, state_dict=state_dict, selected_adapters=[TRAINED]
+        )
         (aside / "README.md").unlink(missing_ok=True)  # peft's empty model card
         first = getattr(model, "first_lora", None)
         if first is not None:

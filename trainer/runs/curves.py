@@ -27,6 +27,7 @@ COLUMNS = (
     "tokens_per_second",
 )
 PANELS = (("loss", "eval_loss"), ("perplexity",), ("learning_rate",), ("grad_norm",))
+TASK_MARK = "/"  # in the names of what eval_tasks measure, as choice/mmlu/accuracy, and in no other
 
 
 def redraw(run: Path) -> Path:
@@ -50,7 +51,7 @@ def read_curves(run: Path) -> list[dict[str, float]]:
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
     """metrics.jsonl writes a number that is not finite as text."""
     found = {}
-    for key in COLUMNS:
+    for key in (*COLUMNS, *(key for key in line if TASK_MARK in key)):
         value = line.get(key)
         if isinstance(value, int | float) or value in ("nan", "inf", "-inf"):
             found[key] = float(value) if isinstance(value, str) else value
@@ -59,10 +60,22 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
 
 def _csv(rows: Sequence[dict[str, float]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, (*COLUMNS, *_task_columns(rows)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _task_columns(rows: Sequence[dict[str, float]]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row if TASK_MARK in key))
+
+
+def _panels(rows: Sequence[dict[str, float]]) -> list[tuple[str, ...]]:
+    """Names of curves, panel by panel: tasks that are measured alike share one."""
+    by_metric: dict[str, list[str]] = {}
+    for name in _task_columns(rows):
+        by_metric.setdefault(name.rpartition(TASK_MARK)[2], []).append(name)
+    return [*PANELS, *map(tuple, by_metric.values())]
 
 
 def _write_png(path: Path, rows: Sequence[dict[str, float]], title: str) -> None:
@@ -70,10 +83,12 @@ def _write_png(path: Path, rows: Sequence[dict[str, float]], title: str) -> None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), dpi=100, layout="constrained")
+    panels = _panels(rows)
+    height = (len(panels) + 1) // 2
+    figure = Figure(figsize=(10, 3.5 * height), dpi=100, layout="constrained")
     figure.suptitle(title)
-    for axes, names in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        _draw_panel(axes, names, rows)
+    for number, names in enumerate(panels, start=1):
+        _draw_panel(figure.add_subplot(height, 2, number), names, rows)
     aside = path.with_name(f".{path.name}.part")
     FigureCanvasAgg(figure).print_png(aside)  # type: ignore[no-untyped-call]
     os.replace(aside, path)

@@ -197,6 +197,7 @@ def train_ppo(job: "Job") -> Any:
         data = load_data(config, lambda row: _prompts(row, renderer, most), ledger)
     job.say(ledger.summary())
     job.run.record(num_examples=len(data.train), num_rejected=ledger.rows["dropped"])
+    job.check_memory([len(prompt.token_ids) + config.ppo_max_new_tokens for prompt in data.train])
     score = load_reward(config, job.home)
     model = job.load_model()
     trainer = PpoTrainer(

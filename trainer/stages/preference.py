@@ -26,7 +26,7 @@ from trainer.examples.truncate import Limits, fit, learned_runs
 from trainer.methods.base_model import load_base
 from trainer.options.arguments import loading, training_arguments
 from trainer.options.checks import WHOLE_METHODS
-from trainer.runs.callbacks import run_training
+from trainer.stages.evaluation import train_watched
 from trainer.stages.text import callbacks
 from trainer.steps.divergence import StrictTrainer
 
@@ -101,9 +101,10 @@ def train_preference(job: "Job") -> Any:
         num_replayed=data.num_replayed,
         num_rejected=ledger.rows["dropped"],
     )
+    job.check_memory(pair_lengths(data.train))
     make = _reward_trainer if config.stage == "rm" else _dpo_trainer
     trainer = make(job, data.train, data.validation, callbacks(job, renderer))
-    run_training(trainer, job.session)
+    train_watched(job, trainer)
     if "ref" in getattr(trainer.model, "peft_config", {}):
         trainer.model.delete_adapter("ref")  # TRL's frozen copy
     return trainer
@@ -192,6 +193,11 @@ def _dataset(pairs: list[Pair], is_reward: bool) -> Any:
         for row, pair in enumerate(pairs)
     ]
     return Dataset.from_list(rows)
+
+
+def pair_lengths(pairs: list[Pair]) -> list[int]:
+    """Of each pair, the tokens of the prompt with the longer answer."""
+    return [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
 
 
 def _answer(text: str) -> Message:

@@ -18,8 +18,9 @@ from trainer.examples.labels import ChatLabels, TextLabels, label, labels_of
 from trainer.examples.sequences import Example, ExampleSet
 from trainer.options.arguments import training_arguments
 from trainer.ranks import rank
-from trainer.runs.callbacks import run_callbacks, run_training
+from trainer.runs.callbacks import run_callbacks
 from trainer.runs.samples import SampleAnswers, SamplePrompt
+from trainer.stages.evaluation import train_watched
 from trainer.steps.batches import Layout
 from trainer.steps.loop import ExactTrainer, Units
 from trainer.steps.probe import can_pack
@@ -33,6 +34,8 @@ def train_text(job: "Job") -> Any:
     renderer = ChatRenderer.load(job.base)
     examples = ExampleSet()
     data = _load(job, renderer, examples)
+    lengths = examples.lengths
+    job.check_memory([lengths[index] for index in data.train])
     model = job.load_model()
     packs = _packs(job, model)
     num_processes = int(job.session.identity["num_processes"])
@@ -46,7 +49,7 @@ def train_text(job: "Job") -> Any:
         neftune_alpha=job.config.neftune_noise_alpha,
         callbacks=callbacks(job, renderer),
     )
-    run_training(trainer, job.session)
+    train_watched(job, trainer)
     return trainer
 
 

@@ -60,7 +60,7 @@ class BatchPlan(torch.utils.data.Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for window in self.windows(self.epoch):
-            yield from self._mine(window)
+            yield from self.mine(window)
 
     def windows(self, epoch: int) -> list[list[int]]:
         """The steps of an epoch: every index once, the last step perhaps smaller."""
@@ -69,7 +69,7 @@ class BatchPlan(torch.utils.data.Sampler[list[int]]):
         size = self._layout.window
         return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def _mine(self, window: list[int]) -> list[list[int]]:
+    def mine(self, window: list[int]) -> list[list[int]]:
         num_passes = self.accumulation if len(window) == self._layout.window else self._passes_for(len(window))
         groups = self._groups(window, num_passes * self._layout.num_ranks)
         return groups[self._layout.rank :: self._layout.num_ranks]

@@ -48,6 +48,18 @@ def test_train_and_eval_of_a_step_share_a_row(run: RunFolder) -> None:
     assert [path.name for path in run.path.glob(".*part")] == []
 
 
+def test_tasks_have_columns_and_panels_of_their_own(run: RunFolder) -> None:
+    metrics(run, {"step": 1, "loss": 2.0})
+    redraw(run.path)
+    _, without = size_of(run.path / "curves.png")
+    metrics(run, {"step": 1, "choice/mmlu/accuracy": 0.25, "identity/passed": 0.5, "choice/law/accuracy": 0.75})
+    redraw(run.path)
+    with (run.path / "curves.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["loss"], row["choice/mmlu/accuracy"], row["identity/passed"]) == ("2.0", "0.25", "0.5")
+    assert size_of(run.path / "curves.png")[1] == without * 3 // 2, "one more row for two more metrics"
+
+
 def test_what_is_not_a_number_stays_so_and_is_drawn(run: RunFolder) -> None:
     metrics(run, {"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan, "grad_norm": math.inf})
     blank = RunFolder(run.path.parent / "r2")
