@@ -58,7 +58,7 @@ def write_model(folder: Path, layers: int = LAYERS) -> Path:
         (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}, indent=2))
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS_ID}))
         _write_tokenizer(folder)
-        _save(_model_tensors(layers), weights)
+        save_tensors(model_tensors(layers), weights)
     return folder
 
 
@@ -78,7 +78,7 @@ def write_lora(folder: Path, rank: int, seed: int, layers: int = LAYERS) -> Path
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "bias": "none"}
         config |= {"target_modules": names, "base_model_name_or_path": "random", "inference_mode": True}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
-        _save(_lora_tensors(rank, seed, layers), weights)
+        save_tensors(_lora_tensors(rank, seed, layers), weights)
     return folder
 
 
@@ -94,7 +94,7 @@ def random_ids(rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(1000, EOS_ID - 1000) for _ in range(count)]
 
 
-def _model_tensors(layers: int) -> dict[str, Tensor]:
+def model_tensors(layers: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tensors = {"model.embed_tokens.weight": _random((VOCABULARY, HIDDEN), generator)}
     for layer in range(layers):
@@ -123,7 +123,7 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return (torch.randn(shape, generator=generator) * SPREAD).bfloat16()
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Aside, then renamed: an interrupted run leaves no half file behind."""
     aside = path.with_suffix(".part")
     save_file(tensors, aside, metadata={"format": "pt"})
