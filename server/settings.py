@@ -294,8 +294,8 @@ def prepare_vllm(settings: Settings) -> None:
         "VLLM_LOGGING_LEVEL": "DEBUG" if settings.log_level == "debug" else "WARNING",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         # On CPUs oneDNN keeps a compiled kernel for every size of a batch that ever was, by default 1,024 of them, half
-        # a MiB each: vLLM's worker grew for minutes under changing load. This many hold the sizes of about ten steps.
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+        # a MiB each: vLLM's worker grew for minutes under changing load. This many hold the sizes of about five steps.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
     }
     sizes = (settings.vllm_tensor_parallel_size, settings.vllm_pipeline_parallel_size, settings.vllm_data_parallel_size)
     if sizes == (1, 1, 1):
