@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, speed_model
-from benchmarks.tiny_model import WORDS, write_tiny_model
+from benchmarks.tiny_model import WORDS, write_shape
 from server.settings import home_path
 
 MOST_OFF = 0.15
@@ -126,15 +126,7 @@ def write_model(folder: Path, tokenizer: Path | None, layers: int = speed_model.
     """About 1 GB in bf16, as the model is published; made once. Without `tokenizer` it has a small one."""
     if (folder / "model.safetensors").exists():
         return folder
-    write_tiny_model(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if tokenizer and (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
-    tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-    ids = {token["content"]: token["id"] for token in tokens}
-    special = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    config = {**speed_model.CONFIG, **special, "num_hidden_layers": layers}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_shape(folder, tokenizer, {**speed_model.CONFIG, "num_hidden_layers": layers})
     speed_model.save_tensors(speed_model.model_tensors(layers), folder / "model.safetensors")
     return folder
 

@@ -4,7 +4,10 @@ Every token of its vocabulary is whole ASCII text, so a server that streams toke
 """
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -32,6 +35,19 @@ def write_tiny_model(folder: Path, num_layers: int = 2) -> Path:
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": CONTEXT}
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
     (folder / "chat_template.jinja").write_text(CHAT_ML)
+    return folder
+
+
+def write_shape(folder: Path, tokenizer: Path | None, config: Mapping[str, Any]) -> Path:
+    """A folder of that shape, all but its weights, with the tokenizer of the folder `tokenizer`, or a small one."""
+    write_tiny_model(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if tokenizer and (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
+    special = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    _write_json(folder / "config.json", {**config, **special})
     return folder
 
 

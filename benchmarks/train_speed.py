@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import machine, speed_parts
 from benchmarks.speed_model import CONFIG, VOCABULARY
-from benchmarks.tiny_model import WORDS, write_tiny_model
+from benchmarks.tiny_model import WORDS, write_shape
 from benchmarks.train_systems import SYSTEMS
 from server.settings import home_path
 
@@ -143,15 +143,7 @@ def _write_model(folder: Path, shape: Row, tokenizer: Path | None) -> Path:
 
     if (folder / "model.safetensors").exists():
         return folder
-    write_tiny_model(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if tokenizer and (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
-    ids = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-    by_text = {token["content"]: token["id"] for token in ids}
-    special = {"eos_token_id": by_text["<|im_end|>"], "pad_token_id": by_text["<|endoftext|>"]}
-    config = {**CONFIG, **shape, **special, "vocab_size": VOCABULARY, "torch_dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_shape(folder, tokenizer, {**CONFIG, **shape, "vocab_size": VOCABULARY, "torch_dtype": "float32"})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
     return folder
