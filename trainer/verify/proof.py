@@ -170,7 +170,7 @@ def clear_gap(dtype: str) -> float:
     if dtype not in CLEAR_GAPS:
         raise ConfigError(
             f"the engine computes with {dtype} weights, which are not those that were trained on; verify with "
-            f"QLOOP_HF_DTYPE={' or '.join(CLEAR_GAPS)}"
+            f"{' or '.join(CLEAR_GAPS)} (QLOOP_HF_DTYPE, QLOOP_VLLM_DTYPE), unquantized"
         )
     return CLEAR_GAPS[dtype]
 
