@@ -4,6 +4,7 @@ Counts parameters of a model, and what a method would train in it, with the trai
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def count_trained(folder: Path, config: TrainConfig) -> int:
     from trainer.methods.apply import apply_method, describe
 
     model = blank_model(folder, trust_remote_code=config.trust_remote_code)
+    # How LoRA begins changes no count, and PiSSA's beginning is taken from weights that are not here.
+    config = replace(config, lora_init="")
     with torch.device("meta"):
         return describe(apply_method(model, config)).num_trained
 

@@ -22,6 +22,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora attention": {"lora_rank": 4, "lora_target": ("attention",)},
     "lora pattern": {"lora_rank": 4, "lora_target": (r".*layers\.[01]\.self_attn\.q_proj",)},
     "dora": {"lora_rank": 4, "use_dora": True},
+    "pissa": {"lora_rank": 4, "lora_init": "pissa"},
+    "olora": {"lora_rank": 4, "lora_init": "olora"},
     "prefix": {"finetuning_type": "prefix", "pre_seq_len": 8},
     "prompt": {"finetuning_type": "prompt", "pre_seq_len": 8},
     "p_tuning": {"finetuning_type": "p_tuning", "pre_seq_len": 8},
