@@ -16,7 +16,6 @@ from server.errors import Conflict, InvalidRequest, ModelNotFound, QloopError
 from server.store.adapter_import import PathRefused, import_adapter
 from server.store.names import ModelId, NameRefused, parse_model_id
 from server.store.registry import AdapterEntry, NotProved, RegistryError, UnknownAdapter
-from server.text.identity import text_identity
 
 PINNED, STATE = "pinned", "state"
 
@@ -94,7 +93,7 @@ class AdapterAdmin:
 
     async def _engine_facts(self) -> dict[str, Any]:
         """What an adapter must fit: `python -m trainer verify` compares it before and after training."""
-        model = self._serving.model
+        model, text = self._serving.model, self._serving.text
         return {
             "backend": model.backend,
             "dtype": model.dtype,
@@ -102,7 +101,7 @@ class AdapterAdmin:
             "max_adapter_rank": self._serving.settings.max_adapter_rank,
             "weights_hash": model.weights_hash,
             "stop_token_ids": model.stop_token_ids,
-            **asdict(await asyncio.to_thread(text_identity, Path(model.path))),
+            **asdict(await asyncio.to_thread(lambda: text.identity)),
         }
 
     def card(self, adapter: AdapterInfo | AdapterEntry) -> dict[str, Any]:

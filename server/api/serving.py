@@ -9,6 +9,7 @@ import hashlib
 import logging
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from server.errors import ConfigError, EngineUnavailable, ModelNotFound
 from server.settings import Settings
 from server.store.home import Home
 from server.store.registry import Registry
-from server.text.identity import template_hash
+from server.text.identity import TextIdentity, identity_of, template_hash
 from server.text.render import ChatRenderer
 from server.text.sampling_defaults import sampling_defaults
 
@@ -34,6 +35,11 @@ class TextSide:
     renderer: ChatRenderer
     sampling_defaults: dict[str, Any]  # from generation_config.json, as vLLM takes them
     template_hash: str
+
+    @cached_property
+    def identity(self) -> TextIdentity:
+        """Reads the tokenizer's file the first time."""
+        return identity_of(Path(self.path), self.renderer)
 
 
 @dataclass(frozen=True)

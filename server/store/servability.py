@@ -73,11 +73,14 @@ def _by_rank(config: Mapping[str, Any]) -> Verdict:
     if rank > VLLM_RANKS[-1]:
         return Verdict(("hf",), (f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this is {rank}; the hf engine serves it",))
     if rank > VLLM_DEFAULT_RANK:
-        limit = next(limit for limit in VLLM_RANKS if limit >= rank)
-        return Verdict(
-            ("hf", "vllm"), (f"vLLM's own limit is rank {VLLM_DEFAULT_RANK}: start it with max_lora_rank {limit}",)
-        )
+        note = f"vLLM's own limit is rank {VLLM_DEFAULT_RANK}: start it with max_lora_rank {vllm_rank_for(rank)}"
+        return Verdict(("hf", "vllm"), (note,))
     return Verdict(("hf", "vllm"))
+
+
+def vllm_rank_for(rank: int) -> int | None:
+    """The smallest rank that vLLM can be built for and that holds this one; larger ones are slower. None: no such."""
+    return next((limit for limit in VLLM_RANKS if limit >= rank), None)
 
 
 def largest_rank(config: Mapping[str, Any]) -> int:

@@ -28,15 +28,26 @@ def template_hash(template: ChatTemplate | None) -> str:
 
 def text_identity(folder: Path) -> TextIdentity:
     """Of a model folder. Raises ConfigError when its template is damaged."""
-    tokenizer = folder / "tokenizer.json"
-    tokenizer_hash = text_hash(tokenizer.read_text(encoding="utf-8")) if tokenizer.is_file() else ""
-    chat_template_hash = template_hash(ChatTemplate.load(folder))
     try:
         renderer = ChatRenderer.load(folder)
-        prompt_hash = text_hash(default_system_prompt(renderer))
-    except (ConfigError, TemplateError):  # whoever encodes with it says so
-        return TextIdentity(tokenizer_hash, chat_template_hash)
-    return TextIdentity(tokenizer_hash, chat_template_hash, prompt_hash, renderer.turn_end_id)
+    except ConfigError:  # whoever encodes with it says so
+        return TextIdentity(_tokenizer_hash(folder), template_hash(ChatTemplate.load(folder)))
+    return identity_of(folder, renderer)
+
+
+def identity_of(folder: Path, renderer: ChatRenderer) -> TextIdentity:
+    """Of a model folder whose renderer is loaded."""
+    hashes = _tokenizer_hash(folder), template_hash(renderer.template)
+    try:
+        prompt = default_system_prompt(renderer)
+    except (ConfigError, TemplateError):  # a template that takes no such turn
+        return TextIdentity(*hashes)
+    return TextIdentity(*hashes, text_hash(prompt), renderer.turn_end_id)
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    tokenizer = folder / "tokenizer.json"
+    return text_hash(tokenizer.read_text(encoding="utf-8")) if tokenizer.is_file() else ""
 
 
 def default_system_prompt(renderer: ChatRenderer) -> str:

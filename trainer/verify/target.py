@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import ConfigError
-from server.store.servability import VLLM_RANKS
+from server.store.servability import VLLM_RANKS, vllm_rank_for
 
 TIMEOUT_S = 600.0
 
@@ -36,7 +36,7 @@ class Target:
 
     def limit_for(self, rank: int) -> str:
         """What lets it take this rank, in words; "" where nothing does. vLLM is built for certain limits only."""
-        limit = rank if self.engine != "vllm" else next((limit for limit in VLLM_RANKS if limit >= rank), 0)
+        limit = vllm_rank_for(rank) if self.engine == "vllm" else rank
         return f"start the engine with QLOOP_MAX_ADAPTER_RANK={limit}" if limit else ""
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from server.store.servability import VLLM_DEFAULT_RANK, VLLM_RANKS
+from server.store.servability import VLLM_DEFAULT_RANK, VLLM_RANKS, vllm_rank_for
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,5 @@ class VllmOptions:
 
 
 def lora_rank_for(ranks: list[int]) -> int:
-    """The smallest rank that vLLM can be built for and that holds all of `ranks`; larger ones are slower."""
-    largest = max(ranks, default=VLLM_DEFAULT_RANK)
-    return next((rank for rank in VLLM_RANKS if rank >= largest), VLLM_RANKS[-1])
+    """`max_lora_rank` for adapters of `ranks`: it holds all that vLLM can serve."""
+    return vllm_rank_for(max(ranks, default=VLLM_DEFAULT_RANK)) or VLLM_RANKS[-1]
