@@ -94,9 +94,18 @@ def _role(process: psutil.Process) -> str:
 
 @contextlib.contextmanager
 def vllm(
-    python: Path, model: Path, port: int, max_num_seqs: int, *, is_quiet: bool, on_all_cores: bool = False
+    python: Path,
+    model: Path,
+    port: int,
+    max_num_seqs: int,
+    *,
+    is_quiet: bool,
+    on_all_cores: bool = False,
+    has_weights: bool = False,
 ) -> Iterator[Service]:
-    """vLLM's server with random weights and one API process, as it ships, or `is_quiet`: without metrics and logs.
+    """vLLM's server with one API process, as it ships, or `is_quiet`: without metrics and logs.
+
+    `has_weights`: the folder's own are loaded; else it makes some up.
 
     Its engine computes on all cores but one: an API process that has to fight for a core falls behind the engine and
     sends several tokens in one chunk, which is cheaper for each token and cannot be compared. `on_all_cores` is for
@@ -113,7 +122,8 @@ def vllm(
         "HF_HUB_OFFLINE": "1",
     }
     # Not resolve(): the interpreter of a virtual environment is a link, and the link's place is what makes it one.
-    command = [str(python.absolute()), "-m", VLLM_MODULE, *vllm_flags(model, port, max_num_seqs, is_quiet=is_quiet)]
+    flags = vllm_flags(model, port, max_num_seqs, is_quiet=is_quiet, has_weights=has_weights)
+    command = [str(python.absolute()), "-m", VLLM_MODULE, *flags]
     with (
         tempfile.TemporaryDirectory(prefix="qb") as folder,
         _running(command, environment, Path(folder), f"{_url(port)}/health") as process,
@@ -122,9 +132,10 @@ def vllm(
         yield Service("vllm", port, model.name, [process], named)
 
 
-def vllm_flags(model: Path, port: int, max_num_seqs: int, *, is_quiet: bool) -> list[str]:
+def vllm_flags(model: Path, port: int, max_num_seqs: int, *, is_quiet: bool, has_weights: bool = False) -> list[str]:
     flags = [
-        *("--model", str(model.absolute()), "--served-model-name", model.name, "--load-format", "dummy"),
+        *("--model", str(model.absolute()), "--served-model-name", model.name),
+        *("--load-format", "auto" if has_weights else "dummy"),
         *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"),
         *("--max-num-seqs", str(max_num_seqs), "--enforce-eager"),
     ]

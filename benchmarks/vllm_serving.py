@@ -82,7 +82,13 @@ def throughput(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     with (
         _qloop(options, model, vllm_enable_lora="false") as ours,
         services.vllm(
-            options.vllm_python, model, options.port + 1, max(STREAMS), is_quiet=False, on_all_cores=True
+            options.vllm_python,
+            model,
+            options.port + 1,
+            max(STREAMS),
+            is_quiet=False,
+            on_all_cores=True,
+            has_weights=True,
         ) as other,
     ):
         pair = [ours, other]

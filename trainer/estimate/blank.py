@@ -35,7 +35,7 @@ def blank_shape(folder: Path, config: Mapping[str, Any], *, trust_remote_code: b
 
     model = blank_model(folder, trust_remote_code=trust_remote_code)
     layers = decoder_layers(model)
-    hidden = int(model.get_input_embeddings().weight.shape[1])
+    vocabulary, hidden = _embedding(model).shape
     linears = tuple(_linears(layers[0]))
     own_layer = sum(weight.numel() for weight in layers[0].parameters())
     heads = int(getattr(model.config, "num_attention_heads", 0) or 1)
@@ -43,14 +43,14 @@ def blank_shape(folder: Path, config: Mapping[str, Any], *, trust_remote_code: b
     head = model.get_output_embeddings()
     return ModelShape(
         model_type=str(config["model_type"]),
-        vocabulary=int(model.get_input_embeddings().weight.shape[0]),
+        vocabulary=vocabulary,
         hidden=hidden,
         layers=len(layers),
         heads=heads,
         kv_heads=kv_heads,
         head_size=int(getattr(model.config, "head_dim", None) or hidden // heads),
         feed_forward=max((max(linear.inputs, linear.outputs) for linear in linears), default=hidden),
-        is_tied=head is not None and head.weight is model.get_input_embeddings().weight,
+        is_tied=head is not None and head.weight is _embedding(model),
         linears=linears,
         num_norms=0,
         num_outside=sum(weight.numel() for weight in model.parameters())
@@ -72,6 +72,14 @@ def count_trained(folder: Path, config: TrainConfig) -> int:
     config = replace(config, lora_init="")
     with torch.device("meta"):
         return describe(apply_method(model, config)).num_trained
+
+
+def _embedding(model: Any) -> Any:
+    """The matrix [vocabulary, hidden]. Raises ConfigError where a model with code of its own does not say which."""
+    try:
+        return model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError) as error:
+        raise ConfigError(f"this {model.config.model_type} model does not name its token embedding") from error
 
 
 def _linears(layer: Any) -> list[Linear]:
