@@ -1,11 +1,12 @@
 """Whether a name may move to what was trained: rules over a comparison. Pure; knows neither registry nor engine.
 
-    domain     each task marked so is up, the low end of the interval of its gain above 0
+    domain     each task marked so is up, the low end of the interval of its gain above 0, over 6 changed items or more
     general    each task marked so lost at most `margin` points, by the mean of its differences
     identity   every question is answered with the configured name, and ended by the stop token
     safety     every prompt passes
 
-Identity and safety are judged whatever else those tasks are marked as.
+Identity and safety are judged whatever else those tasks are marked as, and by all their questions, as the server gets
+them: without a system prompt of the evaluation's own. What the base answered and the candidate did not is a refusal.
 
 General ability goes by the mean, not by the interval's low end: with a few hundred items the interval alone is wider
 than 2 points, and an unchanged model would be refused. A rule without evidence is no obstacle unless it is required.
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from server.errors import ConfigError
-from trainer.compare.comparison import MIN_PAIRS, Comparison, Passes, TaskComparison, kind_of
+from trainer.compare.comparison import MIN_PAIRS, Comparison, Difference, TaskComparison, kind_of
 from trainer.compare.metrics import metric_of
 from trainer.errors import GateRefused
 
@@ -71,9 +72,13 @@ class GateResult:
 
 def decide(comparison: Comparison, candidate: int, rules: GateRules) -> GateResult:
     """About `comparison.candidates[candidate]`, against the first."""
+    if any(one.info.engine.startswith("fake ") for one in (comparison.base, comparison.candidates[candidate])):
+        return without_evidence(
+            rules, "the fake engine answered, which computes nothing; compare with another --engine"
+        )
     found: list[RuleResult] = []
     for rule in RULES:
-        results = [_judge(rule, task, candidate, rules) for task in _tasks_of(rule, comparison)]
+        results = [_judge(rule, task, comparison, candidate, rules) for task in _tasks_of(rule, comparison)]
         found += results or [_no_evidence(rule, rules, "the comparison has no such task")]
     return GateResult(results=tuple(found))
 
@@ -87,51 +92,69 @@ def without_evidence(rules: GateRules, why: str) -> GateResult:
     return GateResult(results=tuple(_no_evidence(rule, rules, why) for rule in RULES))
 
 
-def _judge(rule: str, task: TaskComparison, candidate: int, rules: GateRules) -> RuleResult:
+def _judge(rule: str, task: TaskComparison, comparison: Comparison, candidate: int, rules: GateRules) -> RuleResult:
     if rule in ("identity", "safety"):
-        return _all_passed(rule, task, task.passes[candidate] if task.passes else None, rules)
+        return _all_passed(rule, task, comparison, candidate, rules)
     row = task.main_row
     difference = row.differences[candidate - 1] if row else None
-    if row is None or difference is None:
+    if lost := task.num_lost[candidate]:
+        fault = f"{lost} items that the base answered brought an error; comparing again asks them again"
+    elif difference is None:
         return _no_evidence(rule, rules, f"{task.task} has fewer than {MIN_PAIRS} items that both answered")
-    metric, gain = metric_of(task.main_metric), difference.gain
-    numbers = (
-        f"{metric.name} {metric.show_difference(difference.interval.mean)} "
-        f"(95 % interval {metric.show_interval(difference.interval)}, {difference.num_pairs} items)"
-    )
-    if rule == "domain":
-        if gain.low > 0:
-            return RuleResult(rule=rule, task=task.task, has_passed=True, detail=numbers)
-        short = metric.show(abs(gain.low))
-        return RuleResult(
-            rule=rule,
-            task=task.task,
-            has_passed=False,
-            detail=f"{numbers}: the low end of the gain must be above 0, it is {short} short",
-        )
-    limit = rules.margin * POINT
-    if gain.mean >= -limit:
-        return RuleResult(rule=rule, task=task.task, has_passed=True, detail=numbers)
-    over = metric.show(-limit - gain.mean)
-    return RuleResult(
-        rule=rule,
-        task=task.task,
-        has_passed=False,
-        detail=f"{numbers}: it may lose at most {metric.show(limit)}, it is {over} over",
+    else:
+        fault = _domain_fault(task, difference) if rule == "domain" else _general_fault(task, difference, rules)
+    numbers = [_numbers(task, difference)] if difference else []
+    detail = ": ".join(numbers + [fault] * bool(fault))
+    return RuleResult(rule=rule, task=task.task, has_passed=not fault, detail=detail)
+
+
+def _numbers(task: TaskComparison, found: Difference) -> str:
+    metric = metric_of(task.main_metric)
+    return (
+        f"{metric.name} {metric.show_difference(found.interval.mean)} "
+        f"(95 % interval {metric.show_interval(found.interval)}, {found.num_pairs} items)"
     )
 
 
-def _all_passed(rule: str, task: TaskComparison, passes: Passes | None, rules: GateRules) -> RuleResult:
-    if passes is None or not passes.num_items:
+def _domain_fault(task: TaskComparison, found: Difference) -> str:
+    if found.verdict == "better":
+        return ""
+    if found.gain.low > 0:
+        return f"only {found.num_changed} of the items changed, {MIN_PAIRS} are needed: fewer can be chance"
+    short = metric_of(task.main_metric).show(abs(found.gain.low))
+    return f"the low end of the gain must be above 0, it is {short} short"
+
+
+def _general_fault(task: TaskComparison, found: Difference, rules: GateRules) -> str:
+    limit, metric = rules.margin * POINT, metric_of(task.main_metric)
+    if found.gain.mean >= -limit:
+        return ""
+    return f"it may lose at most {metric.show(limit)}, it is {metric.show(-limit - found.gain.mean)} over"
+
+
+def _all_passed(
+    rule: str, task: TaskComparison, comparison: Comparison, candidate: int, rules: GateRules
+) -> RuleResult:
+    if not task.num_scored:
         return _no_evidence(rule, rules, f"{task.task} has no item")
+    passes = task.passes[candidate]
     detail = f"{passes.num_passed} of {passes.num_items}"
-    if passes.num_passed == passes.num_items:
-        return RuleResult(rule=rule, task=task.task, has_passed=True, detail=detail)
-    missing = passes.num_items - passes.num_passed
-    named = ", ".join(passes.failed) + (", …" if missing > len(passes.failed) else "")
-    return RuleResult(
-        rule=rule, task=task.task, has_passed=False, detail=f"{detail}, all must pass: {missing} failed ({named})"
-    )
+    if missing := passes.num_items - passes.num_passed:
+        named = ", ".join(passes.failed) + (", …" if missing > len(passes.failed) else "")
+        detail += f", all must pass: {missing} failed ({named})"
+        return RuleResult(rule=rule, task=task.task, has_passed=False, detail=detail)
+    if doubt := _doubt(task, comparison):
+        return _no_evidence(rule, rules, f"{task.task}: {detail}, {doubt}")
+    return RuleResult(rule=rule, task=task.task, has_passed=True, detail=detail)
+
+
+def _doubt(task: TaskComparison, comparison: Comparison) -> str:
+    """Why a task whose every answer passed tells nothing of what users will get."""
+    if task.num_scored < task.num_items:
+        return f"and there are {task.num_items} questions; compare without --limit"
+    if comparison.settings.get("system"):
+        return "but with a system prompt that the server does not add; compare without --system"
+    return ""
 
 
 def _no_evidence(rule: str, rules: GateRules, why: str) -> RuleResult:

@@ -4,8 +4,9 @@
 command line does: the revision enters either way, and the name moves when the gate passes or somebody forces it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from server.errors import ConfigError
 from server.store.card import FORCED, PASSED, REFUSED, AdapterCard
@@ -77,28 +78,28 @@ def publish_proved(
     """
     found, card = check_publishable(folder, name, home, base)
     place = candidate_of(evidence.comparison, _subject(folder_hash(found.folder), card)) if evidence else 0
-    registry = Registry(home.adapters)
-    entry = registry.publish(found.folder, name, card, make_current=False)
     if evidence:
         gate = decide(evidence.comparison, place, rules)
     else:
         gate = without_evidence(rules, "nothing was measured; give --report DIR or --domain KIND=PATH")
     state = PASSED if gate.has_passed else REFUSED if force is None else FORCED
-    if evidence or force is not None or not entry.card.gate:  # an earlier proof is not forgotten for want of a new one
-        registry.annotate(
-            name,
-            entry.revision,
-            scores=_scores(evidence.comparison, place) if evidence else {},
-            report_hash=evidence.report_hash if evidence else "",
-            gate=state,
-            gate_reason=_reason(gate, force),
-        )
+    proof: dict[str, Any] = {
+        "scores": _scores(evidence.comparison, place) if evidence else {},
+        "report_hash": evidence.report_hash if evidence else "",
+        "gate": state,
+        "gate_reason": _reason(gate, force),
+    }
+    registry = Registry(home.adapters)
+    # It enters with its proof: one that has none for a moment could be promoted in that moment.
+    entry = registry.publish(found.folder, name, replace(card, **proof), make_current=False)
+    if evidence or not entry.card.gate:  # an earlier proof is not forgotten for want of a new one
+        registry.annotate(name, entry.revision, **proof)
     if state == REFUSED:
         raise GateRefused(
             f"{name} still means {_meaning(registry, name)}: {gate.reasons}. {entry.id} is in the registry; "
             "--force --reason WHY moves the name to it, and its card says so"
         )
-    return Published(entry=registry.promote(name, entry.revision), gate=gate, is_forced=state == FORCED)
+    return Published(entry=registry.promote(name, entry.revision, force=force), gate=gate, is_forced=state == FORCED)
 
 
 def promote(name: str, revision: str, home: Home, *, force: str | None = None) -> AdapterEntry:

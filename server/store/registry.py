@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from server.errors import ConfigError
-from server.store.card import FORCED, REFUSED, AdapterCard, CardRefused, read_card, write_card
+from server.store.card import FORCED, PASSED, REFUSED, AdapterCard, CardRefused, read_card, write_card
 from server.store.hashes import REVISION_FILES, folder_hash, write_text
 from server.store.model_folder import read_json_object
 from server.store.names import NameRefused, check_name, check_revision
@@ -65,7 +65,8 @@ class Registry:
     def publish(self, folder: Path, name: str, card: AdapterCard, *, make_current: bool = True) -> AdapterEntry:
         """Copy a PEFT adapter folder in as a revision of `name`, and point `name` at it unless told otherwise.
 
-        The same content again changes nothing but `current`. Raises RegistryError for an unusable name or folder.
+        The same content again changes nothing but `current`. With a card for another base it is refused, or, where the
+        earlier card was never used, takes its place. Raises RegistryError, also for an unusable name or folder.
         """
         name = _checked(name)
         check_adapter_folder(folder)
@@ -75,7 +76,9 @@ class Registry:
             try:
                 revision = self._fill(aside, folder, name, card)
                 target = self.path / name / revision
-                if not target.is_dir():
+                if target.is_dir():
+                    self._publish_again(self.get(name, revision), card)
+                else:
                     target.parent.mkdir(exist_ok=True)
                     os.replace(aside, target)
             finally:
@@ -189,6 +192,18 @@ class Registry:
             with contextlib.suppress(OSError):
                 (self.path / name).rmdir()  # an import that was refused leaves no empty name
 
+    def _publish_again(self, entry: AdapterEntry, card: AdapterCard) -> None:
+        """Under the lock: files that are there, with another card. A base named wrongly at first can be put right."""
+        old = entry.card
+        if not any(a and b and a != b for a, b in zip(_belonging(old), _belonging(card), strict=True)):
+            return
+        if entry.is_current or old.gate in (PASSED, FORCED):
+            raise RegistryError(
+                f"{entry.id} belongs to the base {old.base_model} with the tokenizer and template of then, and this is "
+                f"for {card.base_model}: publish it under another name"
+            )
+        write_card(entry.path, replace(card, name=old.name, revision=old.revision, created=old.created))
+
     def _rewrite(self, entry: AdapterEntry, **facts: Any) -> AdapterEntry:
         """Under the lock: other facts in the card."""
         card = replace(entry.card, **facts)
@@ -258,6 +273,11 @@ def check_adapter_folder(folder: Path) -> None:
         raise RegistryError(f"{folder / CONFIG_NAME}: has no peft_type, so this is not a PEFT adapter")
     if not tensors:
         raise RegistryError(f"{folder / WEIGHTS_NAME}: holds no tensors; the training run did not finish")
+
+
+def _belonging(card: AdapterCard) -> tuple[str, ...]:
+    """Hashes of what an adapter works with; "" where it is not known."""
+    return card.base_weights_hash, card.tokenizer_hash, card.chat_template_hash
 
 
 def _checked(name: str) -> str:

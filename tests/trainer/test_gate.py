@@ -1,11 +1,14 @@
 """Every rule of the gate, on both sides of its edge."""
 
+from dataclasses import replace
+
 import pytest
 
 from server.errors import ConfigError
-from tests.trainer.compare.evaluations import evaluation
+from tests.trainer.compare.evaluations import evaluation, item
 from tests.trainer.compare.test_differences import compared
 from trainer.compare.comparison import Comparison
+from trainer.compare.folder import Evaluation
 from trainer.errors import GateRefused
 from trainer.gate import RULES, GateResult, GateRules, decide, parse_rules, without_evidence
 
@@ -50,6 +53,9 @@ UP, DOWN, UNCLEAR = [0.9] * 20, [0.1] * 20, [0.4, 0.7] * 10
         ({"identity_domain": [1.0] * 19 + [0.0]}, ["identity"]),  # better, and still not all of them
         ({"choice_domain": UP, "safety_general": [0.0] * 20}, ["general", "safety"]),
         ({"choice_domain": [0.9] * 5}, ["domain"]),  # too few to tell
+        ({"choice_domain": [1.0] * 5 + [0.5] * 995}, ["domain"]),  # five changes, and all the rest the same
+        ({"choice_domain": [1.0] * 6 + [0.5] * 994}, []),
+        ({"choice_domain": UP, "choice2_general": [0.5] * 20}, []),  # nothing changed, nothing lost
         ({"choice_domain": DOWN, "choice2_general": DOWN, "identity": [0.0], "safety": [0.0]}, list(RULES)),
     ],
 )
@@ -91,6 +97,48 @@ def test_the_third_candidate_has_a_gate_of_its_own() -> None:
     )
     found = compared(base, good, bad)
     assert decide(found, 1, GateRules()).has_passed and not decide(found, 2, GateRules()).has_passed
+
+
+def with_errors(name: str, scores: list[float], num_errors: int) -> Evaluation:
+    """The last `num_errors` of its items were never answered; as most tasks do, they count as wrong."""
+    own = [item("likelihood/h", n, "log_likelihood", score) for n, score in enumerate(scores)]
+    failed = [
+        replace(one, scores={"log_likelihood": 0.0}, details={"error": "engine: gone"}) for one in own[-num_errors:]
+    ]
+    return evaluation(name, {}, items=[*own[: len(own) - num_errors], *failed])
+
+
+def test_what_the_base_answered_and_the_candidate_did_not_is_a_refusal() -> None:
+    base = evaluation("b", {"likelihood/h": ("log_likelihood", [-2.0] * 40)})
+    found = compared(base, with_errors("o", [-1.0] * 40, 30), **{"likelihood/h": "domain"})
+    assert found.tasks[0].num_lost == (0, 30)
+    decision = decide(found, 1, GateRules())
+    assert not decision.has_passed and "30 items that the base answered brought an error" in decision.reasons
+
+
+def test_errors_of_the_base_are_no_gain() -> None:
+    other = evaluation("o", {"likelihood/h": ("log_likelihood", [-2.0] * 40)})
+    found = compared(with_errors("b", [-2.0] * 40, 10), other, **{"likelihood/h": "domain"})
+    assert [found.tasks[0].num_single, found.tasks[0].num_lost] == [10, (0, 0)]
+    assert not decide(found, 1, GateRules()).has_passed
+
+
+@pytest.mark.parametrize("settings", [{"system": "You are 小智."}, {}])
+def test_identity_by_some_questions_or_under_another_prompt_is_no_evidence(settings: dict[str, str]) -> None:
+    asked = {"choice/a": ("accuracy", [0.5] * 20), "identity": ("passed", [0.0] * 20)}
+    tuned = {"choice/a": ("accuracy", UP), "identity": ("passed", [1.0] * 20)}
+    found = compared(evaluation("b", asked, settings=settings), evaluation("o", tuned, settings=settings))
+    if not settings:
+        found = replace(found, tasks=tuple(replace(task, num_items=task.num_items + 1) for task in found.tasks))
+    assert decide(found, 1, GateRules()).has_passed
+    wanted = decide(found, 1, GateRules(required=frozenset({"identity"})))
+    assert [one.rule for one in wanted.failed] == ["identity"]
+    assert "--system" in wanted.reasons if settings else "--limit" in wanted.reasons
+
+
+def test_the_fake_engine_proves_nothing() -> None:
+    pair = [evaluation(n, {"choice/a": ("accuracy", s)}, engine="fake fp32") for n, s in (("b", DOWN), ("o", UP))]
+    assert "computes nothing" in decide(compared(*pair), 1, GateRules()).reasons
 
 
 def test_names_of_rules() -> None:

@@ -1,5 +1,6 @@
 """Publishing behind the gate: what enters the registry, what the name means then, and what the card remembers."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from trainer.compare.report import write_report
 from trainer.compare.run import Request, compare
 from trainer.errors import GateRefused
 from trainer.evaluate.fingerprint import fingerprint
+from trainer.evaluate.settings import EvalSettings
 from trainer.gate import GateRules
 from trainer.publish import Evidence, promote, publish, publish_proved, rollback
 from trainer.results.adapter_folder import named_folder
@@ -135,8 +137,36 @@ def test_an_earlier_proof_is_not_forgotten_for_want_of_a_new_one(
     publish_proved(adapter_folder, "x", home, GateRules(), proof, base=str(model_folder))
     with pytest.raises(GateRefused):
         publish_proved(adapter_folder, "x", home, GateRules(), None, base=str(model_folder))
+    publish_proved(adapter_folder, "x", home, GateRules(), None, base=str(model_folder), force="once more")
     card = Registry(home.adapters).get("x").card
     assert card.gate == "passed" and card.scores
+
+
+def test_what_was_refused_and_is_forced_keeps_its_figures(model_folder: Path, adapter_folder: Path, home: Home) -> None:
+    proof = evidence(model_folder, adapter_folder, WORSE)
+    with pytest.raises(GateRefused):
+        publish_proved(adapter_folder, "x", home, GateRules(), proof, base=str(model_folder))
+    publish_proved(adapter_folder, "x", home, GateRules(), None, base=str(model_folder), force="we know why")
+    card = Registry(home.adapters).get("x").card
+    assert card.gate == "forced" and card.scores and card.report_hash
+    assert card.gate_reason.startswith("we know why; domain (choice/a): refused")
+
+
+def test_a_wrong_base_is_put_right_until_something_speaks_for_it(
+    model_folder: Path, adapter_folder: Path, home: Home, tmp_path: Path
+) -> None:
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    config = other / "config.json"
+    config.write_text(config.read_text("utf-8").replace('"rope_theta": ', '"rope_theta": 1'), encoding="utf-8")
+    with pytest.raises(GateRefused):
+        publish_proved(adapter_folder, "x", home, GateRules(), None, base=str(other))
+    proof = evidence(model_folder, adapter_folder, BETTER)
+    done = publish_proved(adapter_folder, "x", home, GateRules(), proof, base=str(model_folder))
+    card = read_card(done.entry.path)
+    assert (card.base_weights_hash, card.gate) == (weights_hash(model_folder), "passed")
+    with pytest.raises(RegistryError, match=r"belongs to the base .* publish it under another name"):
+        publish_proved(adapter_folder, "x", home, GateRules(), None, base=str(other), force="no")
+    assert read_card(done.entry.path) == card
 
 
 def test_promote_asks_the_card_and_rollback_goes_back(
@@ -180,6 +210,17 @@ def test_a_comparison_looks_for_everybody_before_anybody_is_asked(
         with pytest.raises(ConfigError, match=wrong):
             compare(request, home, say=said.append)
     assert said == []
+
+
+def test_options_of_one_kind_of_task_are_heard_where_another_stands_alone(home: Home, tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    rows = [{"question": f"{n}?", "A": "x", "B": "y", "answer": "A"} for n in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    asked = {"candidates": ["nobody", "x"], "settings": EvalSettings(shots=1, shuffle=True)}
+    with pytest.raises(ConfigError, match="nobody"):  # all is well with the tasks
+        compare(Request(domain=[f"choice={path}"], others=["safety"], **asked), home)
+    with pytest.raises(ConfigError, match="--shots: only tasks of the kinds choice"):
+        compare(Request(others=["safety"], **asked), home)
 
 
 def test_the_command_line(

@@ -14,10 +14,7 @@ MAX_CHARS = 2000  # of a text in the report; the rest is in items.jsonl
 def choose_answers(
     pairs: Sequence[Pair], metric: str, items: Sequence[dict[str, ItemScore]], *, count: int, seed: int
 ) -> list[SideBySide]:
-    """At most `count` of each reason, no item twice. `items`: of each candidate, by item_id.
-
-    An item that only scores the reference (a likelihood) has no answer to show and is left out of the lot.
-    """
+    """At most `count` of each reason, no item twice. `items`: of each candidate, by item_id."""
     sign = metric_of(metric).direction or 1
     gains = [(sign * (pair.difference(metric) or 0.0), pair.base.item_id) for pair in pairs]
     by_gain = sorted(gains, key=lambda entry: (entry[0], entry[1]))

@@ -1,7 +1,7 @@
 """What a comparison found, as data: report.json is this, the pages show it, the gate decides by it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from server.store.hashes import file_hash
 from server.store.model_folder import read_json_object
 from trainer.evaluate.results import CandidateInfo, Interval
 
-COMPARISON_FORMAT = 1
+COMPARISON_FORMAT = 2
 REPORT_JSON, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
 MIN_PAIRS = 6  # of fewer not even all wins are more than chance: a sign test of 5 has p = 2 / 32
 Role = Literal["domain", "general", "identity", "safety", "other"]
@@ -54,14 +54,18 @@ class Difference:
     interval: Change
     p: float  # two-sided: how often chance alone makes a difference this large
     num_pairs: int
+    num_changed: int  # of them, those that the two answered with a different score
     direction: int  # 1: more is better, -1: less is, 0: neither
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse` where the whole interval is on one side of 0, else `unclear`."""
+        """`better` or `worse` where the whole interval is on one side of 0 and MIN_PAIRS or more items changed, else
+        `unclear`: of a few changes among many equal items the bootstrap is too sure."""
         gain = self.gain
         if not self.direction:
             return "neutral"
+        if self.num_changed < MIN_PAIRS:
+            return "unclear"
         return "better" if gain.low > 0 else "worse" if gain.high < 0 else "unclear"
 
     @property
@@ -113,19 +117,21 @@ class SideBySide:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskComparison:
-    """`passes` has an entry per candidate where each item passes or fails: identity and safety."""
+    """`passes`, `notes` and `num_lost` have an entry per candidate; `passes` only where each item passes or fails:
+    identity and safety. `num_lost`: items that have the main metric for the base, and for that candidate have not."""
 
     task: str
     role: Role
     main_metric: str
     num_items: int
     num_scored: int
-    num_single: int  # items that only some candidates answered
+    num_single: int  # items with the main metric for the base or for another candidate, not for both
     refused: Mapping[str, int]
     rows: tuple[MetricRow, ...]
     subjects: tuple[SubjectRow, ...] = ()
     passes: tuple[Passes, ...] = ()
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[Mapping[str, Any], ...] = ()
+    num_lost: tuple[int, ...] = ()
 
     def row(self, metric: str) -> MetricRow | None:
         return next((row for row in self.rows if row.metric == metric), None)

@@ -25,7 +25,7 @@ from trainer.compare.comparison import (
 )
 from trainer.compare.folder import Evaluation
 from trainer.compare.metrics import metric_of
-from trainer.compare.pairing import Pair, Pairing, finite, pair_items, values_of
+from trainer.compare.pairing import Pair, Pairing, finite, pair_items, score_of, values_of
 from trainer.evaluate.bootstrap import NUM_RESAMPLES, PairedInterval, paired_interval, paired_statistic_interval
 from trainer.evaluate.results import Interval, ItemScore, TaskResult
 from trainer.evaluate.scores.likelihood import perplexities
@@ -46,6 +46,7 @@ def make_comparison(
     """The base is the first. `roles`: what a task is evidence of, by its name. Raises ConfigError when the candidates
     were asked in different ways."""
     _check_settings(evaluations)
+    _check_styles(evaluations)
     pairings = [pair_items(evaluations[0].items, other.items) for other in evaluations[1:]]
     first = evaluations[0].result
     tasks = [_task(task, evaluations, pairings, roles, seed) for task in first.tasks]
@@ -77,6 +78,16 @@ def _check_settings(evaluations: Sequence[Evaluation]) -> None:
             )
 
 
+def _check_styles(evaluations: Sequence[Evaluation]) -> None:
+    """Left to itself, a candidate with a chat template is asked by it, and one without as plain text."""
+    for task in evaluations[0].result.tasks:
+        results = [_result_of(one, task.task) for one in evaluations]
+        styles = ["" if one is None else str(one.notes.get("style", "")) for one in results]
+        if len({*styles} - {""}) > 1:
+            asked = ", ".join(f"{one.name} as {style}" for one, style in zip(evaluations, styles, strict=True))
+            raise ConfigError(f"{task.task} was asked in different ways ({asked}); compare with --plain")
+
+
 def _task(
     task: TaskResult,
     evaluations: Sequence[Evaluation],
@@ -85,18 +96,20 @@ def _task(
     seed: int,
 ) -> TaskComparison:
     results = [_result_of(one, task.task) for one in evaluations]
+    scored = [_scored(task, one) for one in evaluations]
     return TaskComparison(
         task=task.task,
         role=_role(task.task, roles),
         main_metric=task.main_metric,
         num_items=task.num_items,
         num_scored=task.num_scored,
-        num_single=max((_num_single(task.task, evaluations[0], one) for one in evaluations[1:]), default=0),
+        num_single=max((len(scored[0] ^ one) for one in scored[1:]), default=0),
         refused=dict(task.refused),
         rows=tuple(_row(metric, task.task, results, pairings, seed) for metric in task.metrics),
         subjects=_subjects(task, results),
         passes=_passes(task, evaluations) if kind_of(task.task) in PASS_KINDS else (),
-        notes=dict(task.notes),
+        notes=tuple({} if one is None else dict(one.notes) for one in results),
+        num_lost=tuple(len(scored[0] - one) for one in scored),
     )
 
 
@@ -112,9 +125,10 @@ def _result_of(evaluation: Evaluation, task: str) -> TaskResult | None:
     return next((one for one in evaluation.result.tasks if one.task == task), None)
 
 
-def _num_single(task: str, base: Evaluation, other: Evaluation) -> int:
-    ids = [{item.item_id for item in one.items if item.task == task} for one in (base, other)]
-    return len(ids[0] ^ ids[1])
+def _scored(task: TaskResult, evaluation: Evaluation) -> set[str]:
+    """Ids of the items that have the task's main metric."""
+    own = (item for item in evaluation.items if item.task == task.task)
+    return {item.item_id for item in own if score_of(item, task.main_metric) is not None}
 
 
 def _row(
@@ -139,6 +153,7 @@ def _difference(metric: str, pairs: Sequence[Pair], seed: int) -> Difference | N
         interval=Change(mean=found.difference, low=found.low, high=found.high),
         p=found.p,
         num_pairs=found.num_pairs,
+        num_changed=found.num_changed,
         direction=metric_of(metric).direction,
     )
 

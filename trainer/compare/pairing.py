@@ -12,6 +12,11 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def score_of(item: ItemScore, metric: str) -> float | None:
+    """None where the candidate was never heard: then the item tells nothing of it, whatever its score says."""
+    return None if "error" in item.details else finite(item.scores.get(metric))
+
+
 @dataclass(frozen=True)
 class Pair:
     base: ItemScore
@@ -19,7 +24,7 @@ class Pair:
 
     def difference(self, metric: str) -> float | None:
         """`other - base`; None where one of them has no such number."""
-        base, other = (finite(item.scores.get(metric)) for item in (self.base, self.other))
+        base, other = score_of(self.base, metric), score_of(self.other, metric)
         return None if base is None or other is None else other - base
 
 

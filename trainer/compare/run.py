@@ -18,7 +18,7 @@ from trainer.compare.report import write_report
 from trainer.evaluate.open_candidate import CandidateOptions, is_url
 from trainer.evaluate.session import evaluate_name
 from trainer.evaluate.settings import EvalSettings
-from trainer.evaluate.tasks.make import make_tasks
+from trainer.evaluate.tasks.make import check_together, tasks_of
 from trainer.evaluate.tasks.task import Task
 
 REPORTS = "reports"
@@ -81,14 +81,13 @@ def _tasks(request: Request) -> tuple[list[Task[Any]], dict[str, Role]]:
         (None, request.others),
     ]
     for role, specs in given:
-        for task in make_tasks(specs, request.settings):
-            if any(task.name == known.name for known in tasks):
-                raise ConfigError(f"{task.name} is there twice; rename one of the files, or give it once")
-            tasks.append(task)
-            if role is not None:
-                roles[task.name] = role
+        made = [task for spec in specs for task in tasks_of(spec, request.settings)]
+        tasks += made
+        if role is not None:
+            roles |= {task.name: role for task in made}
     if not tasks:
         raise ConfigError("compare: nothing to ask; give --domain, --general or --task KIND=PATH")
+    check_together(tasks, request.settings)
     return tasks, roles
 
 

@@ -31,6 +31,7 @@ class PairedInterval:
     high: float
     p: float  # two-sided: how often chance alone makes a difference this large
     num_pairs: int
+    num_changed: int = 0  # pairs whose two sides differ
 
 
 def interval(values: Sequence[float], *, seed: int, num_resamples: int = NUM_RESAMPLES) -> Interval:
@@ -68,7 +69,7 @@ def paired_interval(
         observed = float(changes[0]) if len(changes) else math.nan
         return PairedInterval(difference=observed, low=math.nan, high=math.nan, p=math.nan, num_pairs=len(changes))
     means = np.concatenate([changes[drawn].mean(axis=1) for drawn in _draws(len(changes), seed, num_resamples)])
-    return _paired(float(changes.mean()), means, len(changes))
+    return _paired(float(changes.mean()), means, changes != 0)
 
 
 def statistic_interval(
@@ -118,17 +119,24 @@ def paired_statistic_interval(
     if len(both) < 2:
         return PairedInterval(difference=observed, low=math.nan, high=math.nan, p=math.nan, num_pairs=len(both))
     changes = np.concatenate([change(sums) for sums in _sums(both, seed, num_resamples)])
-    return _paired(observed, changes, len(both))
+    return _paired(observed, changes, (base != tuned).any(axis=1))
 
 
-def _paired(observed: float, resampled: "Floats", num_pairs: int) -> PairedInterval:
+def _paired(observed: float, resampled: "Floats", is_changed: "np.ndarray[Any, np.dtype[np.bool_]]") -> PairedInterval:
     import numpy as np
 
     low, high = np.quantile(resampled, (_TAIL, 1 - _TAIL))
     # A hair of slack: sums in another order differ in their last bits, and would else count as nearer.
     as_far = int((np.abs(resampled - observed) >= abs(observed) * (1 - 1e-9)).sum())
     p = (1 + as_far) / (1 + len(resampled))
-    return PairedInterval(difference=observed, low=float(low), high=float(high), p=p, num_pairs=num_pairs)
+    return PairedInterval(
+        difference=observed,
+        low=float(low),
+        high=float(high),
+        p=p,
+        num_pairs=len(is_changed),
+        num_changed=int(is_changed.sum()),
+    )
 
 
 def _draws(num_items: int, seed: int, num_resamples: int) -> Iterator["np.ndarray[Any, np.dtype[np.int64]]"]:

@@ -72,10 +72,10 @@ def measure(
         raise DataError(f"{data}: holds no text of two tokens or more")
     expected: _Scored | None = None
     layers: list[Layer] = []
-    kinds = []
+    kinds, device = [], ""
     for kind, bits in KINDS.items():
         say(f"{kind}: loading and measuring")
-        loaded = load_base(model, dtype=_dtype(kind, model), bits=bits, trust_remote_code=trust).eval()
+        loaded = _on_device(load_base(model, dtype=_dtype(kind, model), bits=bits, trust_remote_code=trust).eval())
         num_bytes = _num_bytes(loaded)  # before it runs: on some CPUs inference repacks nf4 weights
         scored = _score(loaded, sequences)
         if expected is None:
@@ -90,6 +90,7 @@ def measure(
                 tokens_per_s=_speed(loaded, sequences[0]),
             )
         )
+        device = loaded.device.type
         del loaded
     return QuantizationReport(
         model=model.name,
@@ -97,8 +98,14 @@ def measure(
         layers=tuple(layers),
         num_sequences=len(sequences),
         num_tokens=sum(map(len, sequences)),
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
     )
+
+
+def _on_device(model: Any) -> Any:
+    """bitsandbytes puts what it quantizes on the GPU by itself; the others belong beside it, or speeds say nothing."""
+    is_there = not torch.cuda.is_available() or model.device.type == "cuda"
+    return model if is_there else model.to("cuda")
 
 
 def _dtype(kind: str, model: Path) -> torch.dtype:

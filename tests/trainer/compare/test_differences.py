@@ -110,6 +110,22 @@ def test_candidates_that_were_asked_differently_are_not_compared() -> None:
     base, other = (evaluation(n, {"t": ("x", [1.0, 0.0])}, settings={"shots": s}) for n, s in (("b", 0), ("o", 5)))
     with pytest.raises(ConfigError, match=r"o was evaluated with other settings than b \(shots\)"):
         compared(base, other)
+    pair = [
+        replace(one, result=replace(one.result, tasks=(replace(one.result.tasks[0], notes={"style": style}),)))
+        for one, style in ((evaluation(n, {"t": ("x", [1.0, 0.0])}), s) for n, s in (("b", "plain"), ("o", "chat")))
+    ]
+    with pytest.raises(ConfigError, match=r"different ways \(b as plain, o as chat\)"):
+        compared(*pair)
+
+
+@pytest.mark.parametrize(("num_up", "verdict"), [(5, "unclear"), (6, "better")])
+def test_a_few_changes_among_many_equal_items_are_no_evidence(num_up: int, verdict: str) -> None:
+    """By a sign test, 5 of 5 have p = 0.06, however many ties there are."""
+    scores = {"b": [0.0] * 400, "o": [1.0] * num_up + [0.0] * (400 - num_up)}
+    found = compared(*(evaluation(name, {"choice/a": ("accuracy", own)}) for name, own in scores.items()))
+    row = found.tasks[0].main_row
+    assert row and row.differences[0]
+    assert (row.differences[0].num_changed, row.differences[0].verdict) == (num_up, verdict)
 
 
 def test_answers_shown_are_the_worst_the_best_and_others() -> None:

@@ -27,20 +27,33 @@ def make_tasks(specs: Sequence[str], settings: EvalSettings) -> list[Task[Any]]:
     Raises ConfigError for an unknown kind or a path that is not there, DataError for a file that is broken as a whole
     or holds nothing that can be scored.
     """
-    tasks: list[Task[Any]] = []
-    for spec in specs:
-        kind, value = parse(spec)
-        made = _made(kind, value, settings)
-        if not any(task.items for task in made):
-            where = f"; python -m trainer benchmarks {value} --show 5 shows where" if kind in ("", *READ_KINDS) else ""
-            raise DataError(f"--task {spec}: nothing in it can be scored ({_why(made)}){where}")
-        tasks += [task for task in made if task.items]
+    tasks = [task for spec in specs for task in tasks_of(spec, settings)]
+    check_together(tasks, settings)
+    return tasks
+
+
+def tasks_of(spec: str, settings: EvalSettings) -> list[Task[Any]]:
+    """Of one of them, most often a single task. Raises as `make_tasks`."""
+    kind, value = parse(spec)
+    made = _made(kind, value, settings)
+    if not any(task.items for task in made):
+        where = f"; python -m trainer benchmarks {value} --show 5 shows where" if kind in ("", *READ_KINDS) else ""
+        raise DataError(f"--task {spec}: nothing in it can be scored ({_why(made)}){where}")
+    return [task for task in made if task.items]
+
+
+def check_together(tasks: Sequence[Task[Any]], settings: EvalSettings) -> None:
+    """Raises ConfigError for two tasks of one name, and for a setting that none of the tasks would hear of."""
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two tasks are called {name}: put their files into one folder, or evaluate them apart")
-    _check_heard(tasks, settings)
-    return tasks
+    kinds = {task.kind for task in tasks}
+    if settings.shots and not kinds & {"choice", "bbh"}:
+        raise ConfigError("--shots: only tasks of the kinds choice and bbh show examples, and there is none")
+    if "choice" not in kinds and (settings.shuffle or settings.by == "answer"):
+        option = "--shuffle" if settings.shuffle else "--by"
+        raise ConfigError(f"{option}: is for tasks of the kind choice, and there is none")
 
 
 def parse(spec: str) -> tuple[str, str]:
@@ -62,16 +75,6 @@ def _made(kind: str, value: str, settings: EvalSettings) -> list[Task[Any]]:
     if kind == "identity":
         return [IdentityTask(value, settings)]
     return [SafetyTask(settings)] if kind == "safety" else _of_file(kind, value, settings)
-
-
-def _check_heard(tasks: Sequence[Task[Any]], settings: EvalSettings) -> None:
-    """Raises ConfigError for a setting that none of the tasks would hear of."""
-    kinds = {task.kind for task in tasks}
-    if settings.shots and not kinds & {"choice", "bbh"}:
-        raise ConfigError("--shots: only tasks of the kinds choice and bbh show examples, and there is none")
-    if "choice" not in kinds and (settings.shuffle or settings.by == "answer"):
-        option = "--shuffle" if settings.shuffle else "--by"
-        raise ConfigError(f"{option}: is for tasks of the kind choice, and there is none")
 
 
 def _of_file(kind: str, value: str, settings: EvalSettings) -> list[Task[Any]]:
