@@ -6,12 +6,13 @@ Trainer; `trainer.steps.loop` makes its steps exact, `trainer.runs.session` give
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import AutoModelForSequenceClassification, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from server.store.hashes import weights_hash
@@ -117,8 +118,7 @@ def train(config: TrainConfig, home: Home, *, title: str | None = None) -> RunFo
     model_config = read_model_config(base)
     notes = check_method(config, model_config)
     plan = _plan_tasks(config, model_config)
-    # Joins the other processes of the run, if there are any, before they agree on its folder.
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    processes = join_processes(config)  # before they agree on the run's folder
     identity = run_identity(
         config,
         dataset_hash=dataset_hash(config),
@@ -139,6 +139,13 @@ def train(config: TrainConfig, home: Home, *, title: str | None = None) -> RunFo
                 raise does_not_fit(error) from error
             raise
     return session.run
+
+
+def join_processes(config: TrainConfig) -> PartialState:
+    """The other processes of the run, if there are any. How long one waits for another is settled here: whoever comes
+    later, as TrainingArguments does, finds the process group made and its own `ddp_timeout` unheard."""
+    timeout_s = config.hf_arguments.get("ddp_timeout", TrainingArguments.ddp_timeout)
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout_s))
 
 
 def _plan_tasks(config: TrainConfig, model_config: Mapping[str, Any]) -> "TaskPlan | None":

@@ -45,14 +45,17 @@ def _compare(options: argparse.Namespace, home: Home) -> int:
     from trainer.compare.run import Request, compare
     from trainer.compare.story import headline, sentences
     from trainer.compare.words import Words
+    from trainer.evaluate.open_candidate import check_options
 
+    names, asked = [options.base, *options.candidates], candidate_options(options)
+    check_options(names, asked)
     request = Request(
-        candidates=[options.base, *options.candidates],
+        candidates=names,
         domain=options.domain,
         general=options.general,
         others=options.task,
         settings=settings_of(options),
-        options=candidate_options(options),
+        options=asked,
         num_answers=options.answers,
     )
     comparison, folder = compare(

@@ -36,7 +36,7 @@ from trainer.evaluate.candidate import (
     Prompt,
 )
 from trainer.evaluate.fingerprint import fingerprint
-from trainer.evaluate.prompt_ids import PromptIds
+from trainer.evaluate.prompt_ids import PromptIds, shared_start
 from trainer.evaluate.results import CandidateInfo
 
 T = TypeVar("T")
@@ -98,11 +98,12 @@ class EngineCandidate(Candidate):
 
     async def _next_logprobs(self, prompt: Prompt, continuations: Sequence[str]) -> Logprobs:
         prompt_ids = self._prompt_ids(prompt)
-        pairs = [self._ids.pair(prompt, prompt_ids, continuation) for continuation in continuations]
+        pairs = self._encoded(lambda: [self._ids.pair(prompt, prompt_ids, each) for each in continuations])
         if all(ids[:-1] == prompt_ids for ids, _ in pairs):
             letters = tuple(ids[-1] for ids, _ in pairs)
             return Logprobs(await self._letters(prompt_ids, letters), len(prompt_ids))
-        sums = [await self._sum(ids, start) for ids, start in pairs]
+        start = shared_start(pairs)
+        sums = [await self._sum(ids, start) for ids, _ in pairs]
         return Logprobs(tuple(sums), len(prompt_ids))
 
     async def _letters(self, prompt_ids: list[int], letters: tuple[int, ...]) -> tuple[float, ...]:

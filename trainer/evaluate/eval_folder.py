@@ -73,6 +73,10 @@ class EvalFolder:
         self._items = os.open(self.path / ITEMS, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         return done
 
+    def reopen(self) -> None:
+        """Unfinished again: items are about to be asked, and figures without them are not its own."""
+        (self.path / RESULT).unlink(missing_ok=True)
+
     def append(self, score: ItemScore) -> None:
         line = json.dumps(asdict(score), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
         os.write(self._items, line)  # one write: a kill leaves whole lines, but perhaps the last

@@ -62,21 +62,33 @@ def with_examples(item_set: ItemSet, count: int) -> ItemSet:
     """The set with `count` examples per subject, of questions with options or with one exact answer.
 
     A subject with examples of its own (a dev split, worked examples) keeps just those. Of any other the first scored
-    items become examples, and are no longer scored.
+    items become examples, and are no longer scored; one at least stays, so that no subject is lost.
     """
-    missing = Counter({item.subject: count for item in item_set.items})
-    for item in item_set.items:
-        if _is_example(item):
-            missing[item.subject] = 0
+    missing = _missing(item_set.items, count)
     items: list[Item] = []
     for item in item_set.items:
-        can_show = isinstance(item, ChoiceItem) or (isinstance(item, TextItem) and item.is_exact)
-        if not can_show or _is_example(item) or missing[item.subject] <= 0:
+        if missing[_group(item)] <= 0:
             items.append(item)
         else:
-            missing[item.subject] -= 1
+            missing[_group(item)] -= 1
             items.append(_as_example(item, True))
     return replace(item_set, items=items)
+
+
+def _missing(items: list[Item], count: int) -> Counter[tuple[str, str]]:
+    """How many examples each group lacks and can give."""
+    own = {_group(item) for item in items if _is_example(item)}
+    sizes = Counter(map(_group, items))
+    return Counter(
+        {group: min(count, size - 1) for group, size in sizes.items() if group[0] != "open" and group not in own}
+    )
+
+
+def _group(item: Item) -> tuple[str, str]:
+    """Kind and subject: the items that can be one another's examples. Open ones are nobody's."""
+    if isinstance(item, ChoiceItem):
+        return "choice", item.subject
+    return "exact" if isinstance(item, TextItem) and item.is_exact else "open", item.subject
 
 
 def _files(path: Path) -> list[Path]:

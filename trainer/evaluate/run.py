@@ -3,7 +3,8 @@
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,11 +15,14 @@ from tqdm import tqdm
 import server
 from trainer.evaluate.candidate import Candidate, CandidateLost
 from trainer.evaluate.eval_folder import EvalFolder
-from trainer.evaluate.results import EvalResult, ItemScore
+from trainer.evaluate.items import Item
+from trainer.evaluate.results import EvalResult, ItemScore, TaskResult
 from trainer.evaluate.settings import EvalSettings
 from trainer.evaluate.tasks.task import Task
 
+Done = Mapping[tuple[str, str], ItemScore]
 GO_ON = "run the same command again to go on"
+MIN_FAILED = 3  # of items, to say that it is not theirs
 _IDENTITY = ("name", "model", "adapter", "fingerprint", "sampling")
 _LIBRARIES = ("torch", "transformers", "peft", "vllm", "tokenizers")
 
@@ -35,12 +39,15 @@ async def evaluate(
     """Ask what `folder` does not hold yet, and write `result.json` there. `again` forgets what it holds.
 
     Raises DriftError when the folder belongs to another evaluation, ConfigError when another process has it, and
-    CandidateLost when the candidate goes away: what was answered is kept, and the same call goes on.
+    CandidateLost when the candidate goes away or answers nothing of a task: what was answered is kept, and the same
+    call goes on.
     """
     with EvalFolder(folder) as kept:
-        done = kept.begin(record_of(candidate, tasks, settings), again=again)
-        done = {key: score for key, score in done.items() if "error" not in score.details}
+        before = kept.begin(record_of(candidate, tasks, settings), again=again)
+        done = answered(before)
         pending = {task.name: [i for i in task.items if (task.name, i.item_id) not in done] for task in tasks}
+        if any(pending.values()):
+            kept.reopen()
         total = sum(len(task.items) for task in tasks)
         meter = _Meter()
         with tqdm(total=total, initial=total - sum(map(len, pending.values())), disable=not shows_progress) as bar:
@@ -57,11 +64,34 @@ async def evaluate(
                     await task.ask(candidate, pending[task.name], emit)
                 except CandidateLost as error:
                     raise CandidateLost(
-                        f"{error}. {len(done)} of {total} items are kept in {folder}; {GO_ON}"
+                        f"{error}. {len(answered(done))} of {total} items are kept in {folder}; {GO_ON}"
                     ) from None
+                _check_answered(candidate, task, pending[task.name], before, done)
         result = _result(candidate, tasks, done, settings, meter.figures())
         kept.finish(result)
         return result
+
+
+def answered(scores: Done) -> dict[tuple[str, str], ItemScore]:
+    """Without those that could not be asked."""
+    return {key: score for key, score in scores.items() if "error" not in score.details}
+
+
+def _check_answered(candidate: Candidate, task: Task[Any], asked: Sequence[Item], before: Done, done: Done) -> None:
+    """Raises CandidateLost when nothing of what was asked now was answered: that is no figure of the candidate.
+
+    Items that failed `before` may do so again, beside others that were answered."""
+    keys = [(task.name, item.item_id) for item in asked]
+    failed = [key for key in keys if "error" in done[key].details]
+    known = before if len(keys) < len(task.items) else {}
+    if len(failed) < len(keys) or sum(key not in known for key in failed) < MIN_FAILED:
+        return
+    may_lack_template = candidate.info.kind == "url" and task.settings.style == "auto"
+    hint = "; for a model without a chat template try --plain" if may_lack_template else ""
+    raise CandidateLost(
+        f"{candidate.info.name}: {task.name}: none of {len(keys)} items was answered "
+        f"({done[failed[0]].details['error']}){hint}; the same command asks them again"
+    )
 
 
 def record_of(candidate: Candidate, tasks: Sequence[Task[Any]], settings: EvalSettings) -> dict[str, Any]:
@@ -100,13 +130,13 @@ class _Meter:
 def _result(
     candidate: Candidate,
     tasks: Sequence[Task[Any]],
-    done: dict[tuple[str, str], ItemScore],
+    done: Done,
     settings: EvalSettings,
     speed: dict[str, float],
 ) -> EvalResult:
     return EvalResult(
         candidate=candidate.info,
-        tasks=tuple(task.result([done[task.name, item.item_id] for item in task.items]) for task in tasks),
+        tasks=tuple(_task_result(candidate, task, done) for task in tasks),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=f"{platform.node()}, {platform.machine()}, {os.cpu_count()} CPUs",
         versions={"qloop": server.__version__, "python": platform.python_version(), **_versions()},
@@ -114,6 +144,12 @@ def _result(
         settings=settings.as_dict(),
         speed=speed,
     )
+
+
+def _task_result(candidate: Candidate, task: Task[Any], done: Done) -> TaskResult:
+    """With the style in which it was asked, which `auto` leaves to the candidate."""
+    found = task.result([done[task.name, item.item_id] for item in task.items])
+    return replace(found, notes={**found.notes, "style": task.style(candidate)})
 
 
 def _versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,17 +44,21 @@ def evaluate_name(
     """Evaluate into `output`, or into a folder of the home whose name says candidate, settings and files: the same
     evaluation comes to the same folder, and goes on there. `again` forgets what that folder holds.
 
-    A finished evaluation is not repeated, unless the candidate is a URL that does not say which weights it serves.
+    A finished evaluation is not repeated, unless the candidate is a URL that does not say which weights it serves; its
+    items that could not be asked are asked again, and that is said.
     Raises as `open_candidate` and `trainer.evaluate.run.evaluate`.
     """
 
     async def run() -> Evaluated:
         async with open_candidate(name, home, options) as candidate:
             folder = output or home.path / EVALS / evaluation_id(candidate, tasks, settings)
-            is_finished = (folder / RESULT).exists()
-            anew = again or (is_finished and output is None and not candidate.info.fingerprint)
-            if is_finished and not anew and not differences_of(folder, record_of(candidate, tasks, settings)):
-                return Evaluated(read_result(folder), folder, True)
+            finished = _finished(folder, record_of(candidate, tasks, settings))
+            anew = again or (finished is not None and not candidate.info.fingerprint)
+            if finished is not None and not anew:
+                num_failed = sum(task.notes.get("num_errors", 0) for task in finished.tasks)
+                if not num_failed:
+                    return Evaluated(finished, folder, True)
+                print(f"{num_failed} not answered on {finished.date}; asking again", file=sys.stderr)
             result = await evaluate(candidate, tasks, folder, settings, again=anew, shows_progress=shows_progress)
             return Evaluated(result, folder, False)
 
@@ -63,6 +67,12 @@ def evaluate_name(
     except KeyboardInterrupt:
         print(f"what was answered is kept; {GO_ON}", file=sys.stderr)
         raise
+
+
+def _finished(folder: Path, record: Mapping[str, Any]) -> EvalResult | None:
+    """None also where the folder belongs to another evaluation, which is not to be forgotten."""
+    is_finished = (folder / RESULT).exists() and not differences_of(folder, record)
+    return read_result(folder) if is_finished else None
 
 
 def evaluation_id(candidate: Candidate, tasks: Sequence[Task[Any]], settings: EvalSettings) -> str:

@@ -21,7 +21,7 @@ from trainer.evaluate.candidate import (
     Logprobs,
     Prompt,
 )
-from trainer.evaluate.prompt_ids import PromptIds
+from trainer.evaluate.prompt_ids import PromptIds, shared_start
 from trainer.evaluate.results import CandidateInfo
 from trainer.evaluate.url_client import PATIENCE_S, UrlClient
 from trainer.evaluate.url_tokens import UrlTokens
@@ -71,7 +71,7 @@ class UrlCandidate(Candidate):
             way = f"letters, {'plain' if prompt.is_plain else 'chat'}"
             if not await self._fault(way, lambda: self._letters(probe, continuations, ids)):
                 return await self._letters(prompt, continuations, ids)
-        return Logprobs(tuple([await self._continued(prompt, each) for each in continuations]))
+        return Logprobs(tuple(await self._continued(prompt, continuations)))
 
     async def _loglikelihood(self, prompt: Prompt, reference: str) -> Loglikelihood:
         found = await self._tokens.scored(prompt, reference)
@@ -113,13 +113,15 @@ class UrlCandidate(Candidate):
         except (KeyError, IndexError, TypeError, ValueError):
             raise ItemFailed("logprobs: the reply lacks tokens that were asked for") from None
 
-    async def _continued(self, prompt: Prompt, continuation: str) -> float:
-        pair = await self._tokens.pair(prompt, continuation)
-        if pair is not None:
-            return await self._sum(*pair)
+    async def _continued(self, prompt: Prompt, continuations: Sequence[str]) -> list[float]:
+        pairs = [await self._tokens.pair(prompt, each) for each in continuations]
+        known = [pair for pair in pairs if pair is not None]
+        if len(known) == len(pairs):
+            start = shared_start(known)
+            return [await self._sum(ids, start) for ids, _ in known]
         if not prompt.is_plain:
             raise self._lost("no token ids")
-        return await self._sum(prompt.text + continuation, len(prompt.text))
+        return [await self._sum(prompt.text + each, len(prompt.text)) for each in continuations]
 
     async def _sum(self, text: list[int] | str, start: int) -> float:
         """Log-probability of what begins at token, or in a text at character, `start`."""
@@ -138,6 +140,8 @@ class UrlCandidate(Candidate):
         shape = _mapping(_choice(_object(found)).get("logprobs"))
         values, offsets = shape.get("token_logprobs") or [], shape.get("text_offset") or []
         if isinstance(text, str):
+            # A token may hold the end of the one and the beginning of the other; the first of all has no value.
+            start = max((at for at in offsets[1:] if at <= start), default=start)
             values = [value for value, at in zip(values, offsets, strict=False) if start <= at < len(text)]
         else:
             values = values[start : len(text)]

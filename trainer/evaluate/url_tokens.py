@@ -6,7 +6,7 @@ from typing import Any
 from server.text.template import TemplateError
 from server.text.tokenizer import TextError
 from trainer.evaluate.candidate import ItemFailed, Prompt
-from trainer.evaluate.prompt_ids import PromptIds, last_line
+from trainer.evaluate.prompt_ids import PromptIds, continuation_start, last_line
 from trainer.evaluate.url_client import UrlClient
 
 _PROBE = "qloopturnend"
@@ -32,16 +32,17 @@ class UrlTokens:
         return [ids[-1] for ids in found if ids]
 
     async def pair(self, prompt: Prompt, continuation: str) -> tuple[list[int], int] | None:
-        """The ids of both, and where the continuation's begin."""
+        """The ids of both, and where the continuation's begin, as in `PromptIds.pair`."""
         if self._local is not None:
             return self._encoded(prompt, continuation)
         if prompt.is_plain:
             whole = await self._tokenize({"prompt": prompt.text + continuation})
             head = await self._tokenize({"prompt": prompt.text})
-            return None if whole is None or head is None else (whole, len(head))
-        head = await self._tokenize({"messages": _plain(prompt)})
-        tail = await self._of_text(continuation)
-        return None if head is None or tail is None else ([*head, *tail], len(head))
+        else:
+            head = await self._tokenize({"messages": _plain(prompt)})
+            tail = await self._of_text(continuation)
+            whole = None if head is None or tail is None else [*head, *tail]
+        return None if whole is None or head is None else (whole, continuation_start(head, whole))
 
     async def scored(self, prompt: Prompt, reference: str) -> tuple[list[int], int, int] | None:
         """The ids of prompt and reference, and where what counts begins and ends, as in `PromptIds.scored`."""
@@ -52,7 +53,7 @@ class UrlTokens:
                 raise ItemFailed(f"encoding: {error}") from None
         if prompt.is_plain:
             pair = await self.pair(prompt, reference)
-            return None if pair is None else (pair[0], max(pair[1], 1), len(pair[0]))
+            return None if pair is None else (*pair, len(pair[0]))
         head = await self._tokenize({"messages": _plain(prompt)})
         answered = [*_plain(prompt), {"role": "assistant", "content": reference}]
         whole = await self._tokenize({"messages": answered, "add_generation_prompt": False})

@@ -123,7 +123,7 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 class Reference:
     """lm-evaluation-harness's method, with transformers alone: encode prompt and continuation as one text, and sum the
-    log-softmax of what the prompt's own ids leave over."""
+    log-softmax of the tokens that reach past the prompt's last character."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -138,7 +138,9 @@ class Reference:
         )
 
     def sum(self, context: str, continuation: str) -> float:
-        return self.of_ids(self.ids(context + continuation), len(self.ids(context)))
+        found = self.tokenizer(context + continuation, add_special_tokens=False, return_offsets_mapping=True)
+        start = next(place for place, (_, end) in enumerate(found["offset_mapping"]) if end > len(context))
+        return self.of_ids(found["input_ids"], start)
 
     @torch.no_grad()
     def of_ids(self, ids: list[int], start: int) -> float:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,27 @@ async def test_a_reference_that_does_not_fit_is_that_items_error(plain_server: C
     assert long.error == "http-400: too long" and (short.total, short.num_tokens) == (-3.0, 3)
 
 
+async def test_a_token_fused_by_the_server_is_the_answers(plain_server: Callable[[Reply], str]) -> None:
+    """Its tokens are characters, but `:no` is one."""
+
+    def reply(path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        if path == "/tokenize":
+            return 200, {}, {"tokens": [ord(letter) for letter in body["prompt"].replace(":no", "#")]}
+        if path != "/v1/completions":
+            return 404, {}, {"error": {"message": "no such route"}}
+        shape = {"token_logprobs": [None, *(-float(token) for token in body["prompt"][1:])]}
+        return 200, {}, {"choices": [{"text": "", "logprobs": shape}]}
+
+    question = Prompt(text="Q:")
+    async with url_candidate(plain_server(reply), patience_s=1) as candidate:
+        (fused,) = await candidate.loglikelihoods([question], ["no!"])
+        (letters,) = await candidate.next_logprobs([question], [["no", "yes"]])
+        (empty,) = await candidate.next_logprobs([question], [["no", ""]])
+    assert (fused.total, fused.num_tokens, fused.num_prompt_tokens) == (-float(ord("#") + ord("!")), 2, 1)
+    assert letters.values == (-float(ord("#")), -float(sum(map(ord, ":yes"))))  # both from the colon on
+    assert empty.error.startswith("no-tokens")
+
+
 async def test_a_server_that_is_not_there_is_said_soon() -> None:
     with pytest.raises(CandidateLost, match=r"no answer for .* is the server running\?"):
         async with url_candidate("http://127.0.0.1:9/v1#m", patience_s=0.1):
@@ -236,6 +258,8 @@ async def test_echoed_text_of_a_server_without_token_ids(plain_server: Callable[
     async with url_candidate(plain_server(reply), patience_s=1) as candidate:
         found = await candidate.next_logprobs([Prompt(text="abcdef")], [["ghi", "jklm"]])
         assert found[0].values == (-float(ord("g")), -float(ord("j") + ord("m")))
+        (fused,) = await candidate.next_logprobs([Prompt(text="abcde")], [["fg"]])
+        assert fused.values == (-float(ord("d") + ord("g")),)  # "def" is one token
 
 
 async def test_a_busy_server_is_waited_for_as_it_asks(plain_server: Callable[[Reply], str]) -> None:
@@ -259,3 +283,99 @@ async def test_a_refused_key_ends_it(plain_server: Callable[[Reply], str]) -> No
     with pytest.raises(CandidateLost, match="OPENAI_API_KEY"):
         async with url_candidate(plain_server(reply), patience_s=1):
             pass
+
+
+def _asked(name: str) -> Prompt:
+    return Prompt(messages=({"role": "user", "content": name},))
+
+
+def _fails_at(status: int, word: str) -> Reply:
+    """A server that fails at what holds `word`, and answers everything else."""
+
+    def reply(path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        if word in body["messages"][0]["content"]:
+            return status, {}, {"error": {"message": "not this one"}}
+        return 200, {}, _said("yes")
+
+    return reply
+
+
+@pytest.mark.parametrize("status", [500, 403])
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_an_item_that_the_server_always_fails_at_is_that_items_error(
+    plain_server: Callable[[Reply], str], status: int, concurrency: int
+) -> None:
+    """Also the last one, and one alone: the server still answers what it answered before."""
+    url = plain_server(_fails_at(status, "DROP"))
+    async with url_candidate(url, patience_s=0.3, concurrency=concurrency) as candidate:
+        found = await candidate.answers([_asked("a"), _asked("DROP TABLE"), _asked("b")], AnswerLimits())
+        alone = await candidate.answers([_asked("DROP TABLE")], AnswerLimits())
+    assert [answer.text for answer in found] == ["yes", "", "yes"]
+    assert found[1].error == alone[0].error == f"http-{status}: not this one"
+
+
+async def test_an_item_that_times_out_is_that_items_error(
+    plain_server: Callable[[Reply], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.evaluate.url_client.TIMEOUT_S", 0.2)
+
+    def reply(path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        if body["messages"][0]["content"] == "long":
+            time.sleep(0.5)
+        return 200, {}, _said("yes")
+
+    async with url_candidate(plain_server(reply), patience_s=0.3) as candidate:
+        found = await candidate.answers([_asked("long"), _asked("a")], AnswerLimits())
+    assert found[0].error.startswith("timeout: ") and found[1].text == "yes"
+
+
+async def test_a_server_that_fails_at_everything_is_lost(plain_server: Callable[[Reply], str]) -> None:
+    calls: list[str] = []
+
+    def reply(path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        calls.append(path)
+        return (200, {}, _said("yes")) if len(calls) < 3 else (500, {}, {"error": {"message": "the engine died"}})
+
+    async with url_candidate(plain_server(reply), patience_s=0.3, concurrency=2) as candidate:
+        with pytest.raises(CandidateLost, match=r"no answer for 0\.3 s \(http-500: the engine died\)"):
+            await candidate.answers([_asked(name) for name in "abcd"], AnswerLimits())
+
+
+async def test_a_server_whose_engine_died_is_lost_though_it_still_counts_tokens(
+    plain_server: Callable[[Reply], str],
+) -> None:
+    scored: list[str] = []
+
+    def reply(path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        if path == "/tokenize":
+            return 200, {}, {"tokens": [ord(letter) for letter in body["prompt"]]}
+        scored.append(path)
+        if len(scored) > 3:
+            return 500, {}, {"error": {"message": "the engine died"}}
+        shape = {"token_logprobs": [None, *[-1.0] * (len(body.get("prompt", "")) - 1)]}
+        return 200, {}, {"choices": [{"text": "", "logprobs": shape}]}
+
+    async with url_candidate(plain_server(reply), patience_s=0.3, concurrency=2) as candidate:
+        with pytest.raises(CandidateLost, match="http-500: the engine died"):
+            await candidate.loglikelihoods([Prompt(text=f"Q{n}:") for n in range(9)], ["yes"] * 9)
+
+
+async def test_a_busy_server_is_waited_for_as_long_as_it_answers_others(plain_server: Callable[[Reply], str]) -> None:
+    """A quota is nobody's fault, and no reason to count a question as wrong."""
+    began = time.monotonic()
+
+    def reply(path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        if body["messages"][0]["content"] == "starved" and time.monotonic() < began + 1.0:
+            return 429, {"Retry-After": "0.05"}, {"error": {"message": "quota"}}
+        time.sleep(0.05)
+        return 200, {}, _said("yes")
+
+    async with url_candidate(plain_server(reply), patience_s=0.4, concurrency=2) as candidate:
+        prompts = [_asked("starved"), *(_asked(f"q{n}") for n in range(25))]
+        assert {answer.text for answer in await candidate.answers(prompts, AnswerLimits())} == {"yes"}
+
+
+async def test_a_model_that_is_unloaded_half_way_is_lost(plain_server: Callable[[Reply], str]) -> None:
+    async with url_candidate(plain_server(_fails_at(404, "b")), patience_s=1, concurrency=1) as candidate:
+        with pytest.raises(CandidateLost, match=r"does not have the model any more \(not this one\)"):
+            await candidate.answers([_asked("a"), _asked("b")], AnswerLimits())

@@ -80,6 +80,21 @@ def test_what_cannot_be_evaluated_ends_at_once(
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["a", "b", "--concurrency", "4"], "--concurrency: is for a URL"),
+        (["a", "b", "--tokenizer", "folder"], "--tokenizer: is for a URL"),
+        (["http://127.0.0.1:9/v1#m", "https://127.0.0.1:9/v1#m", "--dtype", "fp32"], "--dtype: is for an engine"),
+    ],
+)
+def test_compare_refuses_options_that_no_candidate_hears_of(
+    words: list[str], says: str, home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *words, "--task", "safety", "--home", str(home.path)]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_help_names_every_kind_of_task(capsys: pytest.CaptureFixture[str]) -> None:
     from trainer.evaluate.tasks.make import KINDS
 

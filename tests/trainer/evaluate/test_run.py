@@ -1,18 +1,23 @@
 """An evaluation that is stopped goes on, loses nothing, and never mixes with another one."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server.errors import ConfigError
+from server.store.home import Home
 from tests.trainer.evaluate.scripted import Scripted, choice, text
 from trainer.errors import DataError, DriftError
 from trainer.evaluate.candidate import Answer, AnswerLimits, CandidateLost, ItemFailed, Prompt
 from trainer.evaluate.eval_folder import EvalFolder, read_result, read_scores
+from trainer.evaluate.open_candidate import CandidateOptions
 from trainer.evaluate.run import evaluate
+from trainer.evaluate.session import Evaluated, evaluate_name
 from trainer.evaluate.settings import EvalSettings
 from trainer.evaluate.table import table
 from trainer.evaluate.tasks.choice import ChoiceTask
@@ -145,3 +150,108 @@ async def test_one_process_at_a_time(tmp_path: Path) -> None:
     with EvalFolder(tmp_path):
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and "another process is evaluating" in done.stderr
+
+
+class Url(Dying):
+    """As a server without a template answers: nothing."""
+
+    def __init__(self, fails: Callable[[str], bool] = lambda shown: True) -> None:
+        super().__init__(99, fails)
+        self.info = replace(self.info, kind="url", fingerprint="")
+
+
+async def test_nothing_answered_is_no_result(tmp_path: Path) -> None:
+    says = r"scripted: bbh/bench: none of 10 items was answered \(http-400: not this one\)"
+    for _ in range(2):
+        with pytest.raises(CandidateLost, match=rf"{says}; for a model without a chat template try --plain"):
+            await run(Url(), tmp_path / "url")
+    assert not (tmp_path / "url" / "result.json").exists()
+    with pytest.raises(CandidateLost, match=rf"{says}; the same command asks them again"):
+        await run(Dying(99, fails=lambda shown: True), tmp_path / "engine")
+    assert (await run(Dying(99), tmp_path / "engine")).tasks[0].metrics["exact_match"].mean == 0.5  # type: ignore[attr-defined]
+
+
+async def test_nothing_answered_since_a_stop_is_no_result_either(tmp_path: Path) -> None:
+    with pytest.raises(CandidateLost):
+        await run(Dying(4), tmp_path)
+    with pytest.raises(CandidateLost, match="none of 6 items was answered"):
+        await run(Dying(99, fails=lambda shown: True), tmp_path)
+
+
+async def test_items_that_fail_again_beside_answered_ones_are_a_result(tmp_path: Path) -> None:
+    for _ in range(2):
+        result = await run(Dying(99, fails=lambda shown: shown in ("q1?", "q2?", "q3?", "q4?")), tmp_path)
+        assert result.tasks[0].notes["num_errors"] == 4  # type: ignore[attr-defined]
+
+
+async def test_a_result_is_away_while_items_are_asked_again(tmp_path: Path) -> None:
+    await run(Dying(99, fails=lambda shown: shown == "q1?"), tmp_path)
+    with pytest.raises(CandidateLost, match="9 of 10 items are kept"):
+        await run(Dying(0), tmp_path)
+    with pytest.raises(ConfigError, match="no finished evaluation"):
+        read_result(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("style", "has_template", "asked"), [("auto", True, "chat"), ("auto", False, "plain"), ("plain", True, "plain")]
+)
+async def test_the_style_is_noted(tmp_path: Path, style: Any, has_template: bool, asked: str) -> None:
+    settings = EvalSettings(style=style)
+    candidate = Scripted(say=lambda shown: "yes")
+    candidate.has_template = has_template
+    chats = [*tasks(settings), LikelihoodTask("likelihood/chat", [text("a", "yes")], settings)]
+    texts = [LikelihoodTask("likelihood/text", [text("b", "a text", messages=())], settings)]
+    result = await evaluate(candidate, [*chats, *texts], tmp_path, settings, shows_progress=False)
+    assert [task.notes["style"] for task in result.tasks] == [asked, asked, "plain"]
+    assert all(prompt.is_plain == (asked == "plain") for prompt in candidate.prompts[:-1])
+
+
+# ---- by name
+
+
+@pytest.fixture
+def by_name(tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Evaluated]:
+    """`evaluate_name` for a candidate that is there already."""
+
+    def ask(candidate: Scripted, output: Path | None = None, settings: EvalSettings = SETTINGS) -> Evaluated:
+        @contextlib.asynccontextmanager
+        async def opened(*_: object) -> AsyncIterator[Scripted]:
+            yield candidate
+
+        monkeypatch.setattr("trainer.evaluate.session.open_candidate", opened)
+        given = CandidateOptions()
+        return evaluate_name("s", tasks(settings), home, settings, given, output=output, shows_progress=False)
+
+    return ask
+
+
+def test_a_finished_evaluation_with_failed_items_asks_those_again(
+    by_name: Callable[..., Evaluated], capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_name(Dying(99, fails=lambda shown: shown == "q1?"))
+    again = Dying(99)
+    done = by_name(again)
+    assert [prompt.shown for prompt in again.prompts] == ["q1?"] and not done.was_finished
+    assert "1 not answered on" in capsys.readouterr().err
+    assert done.result.tasks[0].metrics["exact_match"].mean == 0.5
+    assert by_name(Dying(0)).was_finished
+
+
+@pytest.mark.parametrize("output", [None, "out"])
+def test_a_url_that_does_not_say_what_it_serves_is_always_asked_anew(
+    by_name: Callable[..., Evaluated], tmp_path: Path, output: str | None
+) -> None:
+    folder = tmp_path / output if output else None
+    for _ in range(2):
+        candidate = Url(fails=lambda shown: False)
+        assert not by_name(candidate, folder).was_finished and len(candidate.prompts) == 10
+    engine = Dying(99)
+    by_name(engine)
+    assert len(engine.prompts) == 10 and by_name(Dying(0)).was_finished
+
+
+def test_asking_anew_does_not_forget_another_evaluation(by_name: Callable[..., Evaluated], tmp_path: Path) -> None:
+    by_name(Url(fails=lambda shown: False), tmp_path / "out")
+    with pytest.raises(DriftError, match=r"settings\.max_tokens: 256, now 9"):
+        by_name(Url(), tmp_path / "out", replace(SETTINGS, max_tokens=9))
+    assert len(read_scores(tmp_path / "out")) == 10

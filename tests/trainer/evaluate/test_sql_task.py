@@ -11,6 +11,8 @@ from tests.trainer.evaluate.scripted import Scripted
 from trainer.evaluate.candidate import Answer, AnswerLimits, CandidateLost, Prompt
 from trainer.evaluate.items import RefusedItem, SqlItem
 from trainer.evaluate.results import ItemScore
+from trainer.evaluate.scores import sql
+from trainer.evaluate.scores.sql_run import run_query
 from trainer.evaluate.settings import EvalSettings
 from trainer.evaluate.tasks.sql import SqlTask
 
@@ -21,6 +23,8 @@ ANSWERS = {
     "attach?": "ATTACH DATABASE 'x' AS x",
     "prose?": "I do not know.",
 }
+
+SLOW = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT max(x) FROM n"
 
 
 @pytest.fixture
@@ -66,6 +70,41 @@ async def test_outcomes_and_what_cannot_be_scored(database: Path) -> None:
     assert result.refused == {"not-a-query": 1, "gold-failed": 1, "no-database": 1}
     assert result.notes["broken"] == ["pets.json:7: error: no such column: wings"]
     assert database.read_bytes() == before
+
+
+def run_counted(monkeypatch: pytest.MonkeyPatch, limit_s: float = 5.0) -> list[str]:
+    """The queries that are run from now on; none may take longer than `limit_s`."""
+    run: list[str] = []
+
+    def counted(database: Path, query: str, **_: float) -> object:
+        run.append(query)
+        return run_query(database, query, limit_s=limit_s)
+
+    monkeypatch.setattr(sql, "run_query", counted)
+    return run
+
+
+def test_only_drawn_items_have_their_queries_run(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_counted(monkeypatch)
+    items = [item(f"{n}?", database, f"SELECT {n}") for n in range(9)] + [item("schema?", None)]
+    task = SqlTask("sql/pets", items, EvalSettings(limit=2))
+    assert sorted(run) == sorted(each.queries[0] for each in task.items) and len(run) == 2
+    assert (task.num_read, task.refused) == (10, {"no-database": 1})
+    broken = [item(f"{n}?", database, "SELECT wings FROM pet") for n in range(9)]
+    assert SqlTask("sql/pets", broken, EvalSettings(limit=2)).refused == {"gold-failed": 2}
+
+
+async def test_a_right_query_that_does_not_end_decides_nothing(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine: the same items are asked, and such a one is an error, which the same command asks again."""
+    items = [item("slow?", database, SLOW), item("right?", database)]
+    run_counted(monkeypatch, limit_s=0.2)
+    task = SqlTask("sql/pets", items, EvalSettings())
+    assert [each.item_id for each in task.items] == ["slow?", "right?"] and not task.refused
+    scores: list[ItemScore] = []
+    await task.ask(Scripted(say=lambda shown: ANSWERS["right?"]), task.items, scores.append)
+    found = {score.item_id: score for score in scores}
+    assert found["slow?"].details == {"error": "gold-timeout: the right query did not end"}
+    assert found["slow?"].scores == {"execution_accuracy": 0.0} and found["right?"].details["outcome"] == "same"
 
 
 async def test_plain_text_begins_the_query(database: Path) -> None:

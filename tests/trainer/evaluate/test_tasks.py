@@ -1,6 +1,7 @@
 """What a candidate is shown, and what its answers are worth. It is scripted; prompts and scores are real."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from trainer.evaluate.settings import EvalSettings
 from trainer.evaluate.tasks.choice import ChoiceTask
 from trainer.evaluate.tasks.identity import IdentityTask
 from trainer.evaluate.tasks.likelihood import LikelihoodTask, held_out
-from trainer.evaluate.tasks.make import make_tasks, parse
+from trainer.evaluate.tasks.make import check_together, make_tasks, parse
 from trainer.evaluate.tasks.safety import SafetyTask
 from trainer.evaluate.tasks.task import Task, num_short
 from trainer.evaluate.tasks.text import BbhTask, TextTask
@@ -55,6 +56,25 @@ def test_cevals_own_words_as_a_chat() -> None:
     ]
     assert continuations(shown(item), Style()) == ["A", "B", "C", "D"]
     assert "请直接回答" in choice_prompt(shown(item), [], Style(is_written=True)).messages[0]["content"]
+
+
+async def test_one_subject_is_asked_in_one_language() -> None:
+    """A formula has no language of its own; its subject has."""
+    formula = {**ZH, "question": "2x = 4?", "options": ("1", "2", "3", "4"), "subject": "college_mathematics"}
+    items = [
+        choice("e", "C", is_example=True, **{**ZH, "subject": "college_mathematics"}),
+        choice("q", **formula),
+        choice("p", **{**formula, "subject": "数学"}),
+        choice("r", **{**formula, "subject": "algebra"}),
+        choice("m", **{**formula, "benchmark": "mmlu", "question": "汉?"}),
+    ]
+    candidate = Scripted()
+    found = await scores_of(ChoiceTask("choice/ceval", items, EvalSettings(shots=1, style="plain")), candidate)
+    chinese = {name for name, score in found.items() if score.prompt.endswith("答案：")}
+    assert chinese == {"q", "p"} and {found[name].prompt[:2] for name in chinese} == {"以下"}
+    assert all(found[name].prompt.startswith("The") and found[name].prompt.endswith("Answer:") for name in "rm")
+    solved = next(prompt.text for prompt in candidate.prompts if "宪法" in prompt.text)
+    assert solved.count("答案：") == 2 and "答案：C\n" in solved
 
 
 def test_shuffled_options_keep_what_is_right() -> None:
@@ -136,6 +156,38 @@ async def test_perplexity_weighs_tokens_and_log_likelihood_items() -> None:
     assert result.metrics["log_likelihood"].mean == pytest.approx(-2.0)
     assert result.metrics["perplexity"].mean == pytest.approx(math.exp(16 / 12))
     assert result.notes["errors"] == {"context_length_exceeded": 1}
+
+
+@pytest.mark.parametrize(
+    ("style", "reference", "asked"),
+    [
+        ("plain", "no", " no"),
+        ("plain", "(b)", " (b)"),
+        ("plain", "不是", "不是"),
+        ("plain", "\nno", "\nno"),
+        ("chat", "no", "no"),
+    ],
+)
+async def test_a_reference_in_plain_text_begins_with_a_space(style: Any, reference: str, asked: str) -> None:
+    heard: list[str] = []
+
+    def like(shown: str, continuation: str) -> float:
+        heard.append(continuation)
+        return -1.0
+
+    task = LikelihoodTask("likelihood/bench", [text("x", reference)], EvalSettings(style=style))
+    found = await scores_of(task, Scripted(like=like))
+    assert heard == [asked] and found["x"].reference == reference
+    of_text = LikelihoodTask("likelihood/bench", [text("x", reference, messages=())], EvalSettings(style=style))
+    await scores_of(of_text, Scripted(like=like))
+    assert heard[1:] == [reference]  # nothing stands before it
+
+
+async def test_solved_examples_have_the_same_space() -> None:
+    items = [text("e1", "no", is_example=True), text("e2", "不是", is_example=True), text("q", "no")]
+    candidate = Scripted()
+    await scores_of(BbhTask("bbh/bench", items, EvalSettings(shots=2, style="plain")), candidate)
+    assert candidate.prompts[0].text == "Q: e1?\nA: no\n\nQ: e2?\nA:不是\n\nQ: q?\nA:"
 
 
 def test_held_out_rows_of_any_shape(tmp_path: Path) -> None:
@@ -225,6 +277,35 @@ def test_specs_that_cannot_be_used(tmp_path: Path) -> None:
 def test_settings_that_are_wrong_or_would_be_ignored(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make_tasks(["safety"], EvalSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "option"), [({"temperature": 0.5}, "--temperature"), ({"max_tokens": 9}, "--max-tokens")]
+)
+def test_settings_of_written_answers_where_none_is_written(settings: dict[str, Any], option: str) -> None:
+    given = EvalSettings(**settings)
+    letters = ChoiceTask("choice/mmlu", [choice("a", "B")], given)
+    rows = LikelihoodTask("likelihood/rows", [text("b", "yes")], given)
+    with pytest.raises(ConfigError, match=f"{option}: is for answers that are written"):
+        check_together([letters, rows], given)
+    check_together([letters, SafetyTask(given)], given)
+    check_together([ChoiceTask("choice/mmlu", [choice("a", "BC")], given)], given)
+    written = replace(given, by="answer")
+    check_together([ChoiceTask("choice/mmlu", [choice("a", "B")], written)], written)
+
+
+def test_a_broken_file_beside_good_ones_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "mmlu" / "test").mkdir(parents=True)
+    rows = "".join(f"What is {n}?,one,two,three,four,{'ABCD'[n % 4]}\n" for n in range(8))
+    (tmp_path / "mmlu" / "test" / "anatomy_test.csv").write_text("")
+    (tmp_path / "mmlu" / "test" / "virology_test.csv").write_text(rows)
+    (task,) = make_tasks([f"choice={tmp_path / 'mmlu'}"], EvalSettings())
+    assert (task.name, len(task.items), dict(task.refused), task.num_read) == (
+        "choice/mmlu",
+        8,
+        {"unreadable-file": 1},
+        9,
+    )
 
 
 async def test_a_system_prompt_is_said_once_or_refused() -> None:

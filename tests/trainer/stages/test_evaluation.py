@@ -228,6 +228,27 @@ def test_of_two_processes_the_first_evaluates(tiny_model: Path, data: Path, held
     assert evaluated(home, task) == pytest.approx({KEY: measured(run)[2]})
 
 
+JOIN = """
+import torch
+from trainer.config import TrainConfig
+from trainer.train import join_processes
+config = TrainConfig(model_name_or_path="base", train_file=("a.jsonl",), hf_arguments={"ddp_timeout": 7200})
+join_processes(config)
+group = torch.distributed.distributed_c10d._get_default_group()
+print(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+"""
+
+
+def test_processes_wait_for_each_other_as_long_as_ddp_timeout_says() -> None:
+    """A long evaluation in the first one does not end the run; the group is made before transformers asks for it."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment = os.environ | place | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN], capture_output=True, text=True, cwd=ROOT, timeout=110, env=environment
+    )
+    assert done.stdout.split() == ["7200.0"], done.stderr
+
+
 # ---- found before anything is loaded
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 QUESTIONS: Final = Path(__file__).parent / "identity_questions.json"
+_HAN: Final = r"\u3400-\u9fff"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ def identity_questions() -> tuple[IdentityQuestion, ...]:
 
 
 def identity_score(answer: str, name: str, finish_reason: str, *, author: str = "") -> IdentityScore:
-    """Judges one answer. Case, width and spaces do not count; a Latin name must stand alone (Al is not in Also).
+    """Judges one answer. Case, width and spaces do not count; where a name begins or ends in Latin letters it must
+    stand alone there (Al is not in Also).
 
     A foreign name counts even where it is denied ("I am not …"). Names that the configured name or author contains
     are not foreign. Raises ValueError for an empty name.
@@ -65,6 +67,15 @@ def _bare(text: str) -> str:
 
 
 def _has(text: str, name: str) -> bool:
-    # A digit may follow: Qwen2, GPT4. Spaces inside may be missing or more.
-    pattern = r"\s*".join(re.escape(part) for part in re.split(r"[\s\-]+", _bare(name)))
-    return re.search(rf"(?<![a-z0-9]){pattern}(?![a-z])", text.replace("-", " ")) is not None
+    return _pattern(name).search(text.replace("-", " ")) is not None
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern[str]:
+    """A digit may follow: Qwen2, GPT4. Spaces inside, and between Chinese and Latin, may be missing or more; only a
+    Latin end must stand alone, as Chinese has no spaces between words (小智AI助手)."""
+    bare = _bare(name)
+    parts = re.split(rf"[\s\-]+|(?<=[{_HAN}])(?=[a-z0-9])|(?<=[a-z0-9])(?=[{_HAN}])", bare)
+    begin = r"(?<![a-z0-9])" if re.match("[a-z0-9]", bare) else ""
+    end = "(?![a-z])" if re.search("[a-z0-9]$", bare) else ""
+    return re.compile(begin + r"\s*".join(map(re.escape, parts)) + end)

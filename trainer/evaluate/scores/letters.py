@@ -12,22 +12,27 @@ from typing import Final
 from trainer.evaluate.items import LETTERS
 
 _CJK: Final = r"\u3400-\u9fff"
-# Letters that belong together: ABD; A、C; A, B and D; "A"和"C".
-_JOIN: Final = r"[ \t]*(?:,|、|;|/|&|\+|和|及|与|跟|以及|,?[ \t]*(?i:\band\b))?[ \t]*"
 _LETTER: Final = r"[\"'“‘(\[【<]?[A-J][\"'”’)\]】>]?"
+# Behind letters: A选项, A、B两项, AC三个选项.
+_THESE: Final = r"(?:[二两三四五六七八九十]?个?选?项|[二两三四五六七八九十][个者])"
+_FALSE: Final = r"(?:不|错|(?i:not|wrong|incorrect|isn't|aren't)\b)"
+# Letters that belong together: ABD; A、C; A, B and D; "A"和"C". A new clause does not: ABD，C选项错误.
+_COMMA: Final = rf",(?!\s*{_LETTER}\s*(?:选项|项)?\s*(?:是|(?i:is))?\s*{_FALSE})"
+_JOIN: Final = rf"[ \t]*(?:{_COMMA}|、|;|/|&|\+|和|及|与|跟|以及|,?[ \t]*(?i:\band\b))?[ \t]*"
 # What may follow, so that the letter is no part of a word or a name: not "B超", "C-reactive", "A patient", "B.C.".
 _END: Final = (
     r"(?![A-Za-z0-9'’]|-\w|\.[A-Z]\.)"
-    rf"(?!(?!选项|项|正确|是|为|才|最|吧|还|或|不|错|吗|都|均)[{_CJK}])"
+    rf"(?!(?!{_THESE}|正确|是|为|才|最|吧|还|或|不|错|吗|都|均)[{_CJK}])"
     r"(?!\s+(?!(?i:because|since|as|which|and|or|is|are|due|for|isn't|aren't|not|but)\b)[a-z])"
 )
 _GROUP: Final = rf"(?<![A-Za-z0-9])(?P<group>{_LETTER}(?:{_JOIN}{_LETTER})*){_END}"
 _NOUN: Final = r"(?i:选项|option\s+|choice\s+)?\s*"
+_RIGHT: Final = r"(?:答案|正确的?(?:选项|一项)?|(?:最佳|合适)的?选项)(?:的?字母)?"
 _MUST: Final = r"(?:应该|应当|应|就|本题|此题|该题)*"
 
 # "故选" and "答案是" conclude; "我选" may be part of a train of thought and counts only where nothing concludes.
 _CONCLUSION: Final = (
-    rf"(?:答案|正确的?(?:选项|一项)?|(?:最佳|合适)的?选项){_MUST}(?:选择|选|是|为|:)\s*:?\s*{_NOUN}{_GROUP}",
+    rf"{_RIGHT}{_MUST}(?:选择|选|分别是|分别为|是|为|有|包括|包含|:)\s*:?\s*{_NOUN}{_GROUP}",
     rf"答案[】\])]?\s*:?\s*{_GROUP}",
     rf"(?:故|因此|所以|综上所述|综上)[,:]?\s*{_MUST}(?:选择|选)\s*:?\s*{_NOUN}{_GROUP}",
     rf"(?i:故|因此|所以|综上|therefore|thus|hence|so)[,:]?\s*{_NOUN}{_GROUP}\s*[.。!]?\s*$",
@@ -37,9 +42,9 @@ _CONCLUSION: Final = (
 _CHOICE: Final = (
     rf"(?:选择|选)\s*:?\s*{_NOUN}{_GROUP}",
     rf"(?i:\b(?:i|we)(?:'d|'ll|\s+would|\s+will)?\s+(?:choose|pick|select|go\s+with|go\s+for)\s+){_NOUN}{_GROUP}",
-    rf"{_NOUN}{_GROUP}\s*(?:选项|项)?\s*(?:[都均]?[是为]?正确|是对的|(?i:(?:is|are)\s+(?:the\s+)?(?:correct|right|best)\b))",
+    rf"{_NOUN}{_GROUP}\s*{_THESE}?\s*(?:[都均]?[是为]?正确|是对的|(?i:(?:is|are)\s+(?:the\s+)?(?:correct|right|best)\b))",
 )
-_WHOLE: Final = re.compile(rf"(?i:选项|选择|选|option\s|choice\s)?\s*{_GROUP}\s*(?:选项|项)?")
+_WHOLE: Final = re.compile(rf"(?i:选项|选择|选|option\s|choice\s)?\s*{_GROUP}\s*{_THESE}?")
 _LEADING: Final = re.compile(
     rf"(?:[(\[【](?P<inside>[A-J])[)\]】]|(?P<letter>[A-J])(?:\)|[.、,](?!\s*[A-J](?![a-z]))|:(?=\s*[{_CJK}])|\s*(?:选项|项)))"
 )
@@ -47,9 +52,7 @@ _OR: Final = re.compile(r"\s*(?:还是|或者|或|(?i:or)\b)\s*[\"'“(]?[A-J](?
 _NOT: Final = re.compile(
     r"(?:(?:不|别|没|非)(?:是|要|能|应|应该|会|该|可以)?|(?i:\bnot|n't|n t|\bnever)(?:\s+an?|\s+the)?)\s*$"
 )
-_DENIED: Final = re.compile(
-    r"\s*(?:选项|项)?\s*(?:是|(?i:is|are))?\s*(?:不|错|吗|\?|(?i:not|wrong|incorrect|isn't|aren't)\b)"
-)
+_DENIED: Final = re.compile(rf"\s*{_THESE}?\s*[都均]?(?:是|(?i:is|are))?\s*(?:{_FALSE}|吗|\?)")
 _WRAPPING: Final = re.compile(r"\*\*|__|`|\\boxed\{|\\text\{|\\mathrm\{|\}|\$")
 _MARKS: Final = re.compile(r"(?:(?![.\-]\d)[\W_]|(?<!\d)\.)+")
 _SPACE_BY_CJK: Final = re.compile(rf"(?<=[{_CJK}]) | (?=[{_CJK}])")
@@ -104,11 +107,13 @@ def _whole(text: str) -> set[str]:
 
 
 def _letters_only(line: str) -> str:
-    """The letters of a line that is nothing else; "BAD" is a word."""
+    """The letters of a line that is nothing else, ascending; "BAD" is a word, "CA" and "C、A" are none."""
     line = line.strip(" .。,:;!")
     found = _WHOLE.fullmatch(line.upper() if len(line) < 40 else line)
     letters = _letters(found["group"]) if found else ""
-    return letters if letters == "".join(sorted(set(letters))) else ""
+    ordered = "".join(sorted(set(letters)))
+    is_word = letters != ordered and letters in line.upper() and (len(letters) > 2 or letters not in line)
+    return "" if is_word or len(ordered) < len(letters) else ordered
 
 
 def _concluded(text: str) -> set[str]:
@@ -120,11 +125,21 @@ def _chosen(text: str) -> set[str]:
 
 
 def _leading(text: str) -> set[str]:
-    """The letter that starts the answer, unless other lines start with other letters: then it lists the options."""
-    starts = [
-        found["letter"] or found["inside"] for line in text.splitlines() if (found := _LEADING.match(line.strip()))
-    ]
-    return set(starts) if _LEADING.match(text) else set()
+    """The letter that starts the answer, unless others start lines, too, or follow it: then it lists the options."""
+    starts = {letter for line in text.splitlines() for letter in _starts(line.strip())}
+    return starts if _LEADING.match(text) else set()
+
+
+def _starts(line: str) -> list[str]:
+    """The letter that starts a line, and those that follow in the same form: `A. 甲 C. 丙`."""
+    found = _LEADING.match(line)
+    if found is None:
+        return []
+    letter = found["letter"] or found["inside"]
+    if found[0][-1] == "项":
+        return [letter]  # "B选项最好，A选项片面" chooses
+    form = re.escape(found[0]).replace(letter, "([A-J])")
+    return [letter, *re.findall(rf"[\s,;、。]{form}\s*(?=[{_CJK}\d])", line)]
 
 
 def _said(patterns: Sequence[str], text: str) -> set[str]:

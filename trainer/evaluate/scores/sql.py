@@ -18,6 +18,9 @@ _TOKEN: Final = re.compile(
     r"--[^\n]*|/\*.*?(?:\*/|\Z)|'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|\w+|.", re.DOTALL
 )
 
+# Faults that another run of the same query on the same file may not have: the machine was busy, or short of memory.
+PASSING: Final = frozenset(("timeout", "crash"))
+
 
 def query_in(answer: str) -> str | None:
     """The SQL of an answer: its first fenced block that starts as SQL does, else from the first line that does (or
@@ -57,23 +60,26 @@ def sql_score(item: SqlItem, answer: str, *, limit_s: float = 5.0) -> tuple[floa
     """(1.0, "same") where the answer's query gives the rows of one of the item's queries, else 0.0 and why.
 
     Codes: different-rows, no-query (none in the answer), a `SqlFault`'s code, and for the item gold-failed (none of
-    its queries runs) and no-database. The sequence of rows counts against a query that has ORDER BY (`is_ordered`),
-    and then among equal keys too, as in Spider's evaluation.
+    its queries runs), gold-timeout and gold-crash (one that might have been met did not end, so nothing is said of the
+    answer) and no-database. The sequence of rows counts against a query that has ORDER BY (`is_ordered`), and then
+    among equal keys too, as in Spider's evaluation.
     """
     if item.database is None:
         return 0.0, "no-database"
     gold = [(query, run_query(item.database, query, limit_s=limit_s)) for query in item.queries]
+    passing = [result.code for _, result in gold if isinstance(result, SqlFault) and result.code in PASSING]
     expected = [(query, result) for query, result in gold if isinstance(result, Rows)]
     if not expected:
-        return 0.0, "gold-failed"
+        return 0.0, f"gold-{passing[0]}" if passing else "gold-failed"
     query = query_in(answer)
     if query is None:
         return 0.0, "no-query"
     found = run_query(item.database, query, limit_s=limit_s)
     if isinstance(found, SqlFault):
         return 0.0, found.code
-    is_same = any(same_rows(rows, found, ordered=is_ordered(right)) for right, rows in expected)
-    return (1.0, "same") if is_same else (0.0, "different-rows")
+    if any(same_rows(rows, found, ordered=is_ordered(right)) for right, rows in expected):
+        return 1.0, "same"
+    return 0.0, f"gold-{passing[0]}" if passing else "different-rows"
 
 
 def _statement(text: str, is_quoted: bool) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.evaluate.candidate import Answer, AnswerLimits, Candidate, Logprobs, Prompt
 from trainer.evaluate.items import LETTERS, ChoiceItem, Item, RefusedItem
-from trainer.evaluate.prompts import Shown, Style, by_subject, choice_prompt, continuations, shown
+from trainer.evaluate.prompts import Shown, Style, by_subject, chinese_subjects, choice_prompt, continuations, shown
 from trainer.evaluate.results import ItemScore
 from trainer.evaluate.scores.letters import letters_in
 from trainer.evaluate.scores.position import position_bias
@@ -36,7 +36,10 @@ class ChoiceTask(Task[ChoiceItem]):
         self._examples = by_subject(items) if settings.shots else {}
         super().__init__(name, asked, settings, refused, num_examples=len(items) - len(asked))
         seed = settings.seed if settings.shuffle else None
-        self._shown = {item.item_id: shown(item, seed) for item in self.items}
+        chinese = chinese_subjects(items)
+        self._shown = {
+            item.item_id: shown(item, seed, is_chinese=(item.benchmark, item.subject) in chinese) for item in self.items
+        }
 
     async def ask(self, candidate: Candidate, items: Sequence[ChoiceItem], emit: Emit) -> None:
         written = [item for item in items if self._is_written(item)]

@@ -13,6 +13,7 @@ from trainer.data.rows import LedgerLine, Row
 from trainer.evaluate.bootstrap import statistic_interval
 from trainer.evaluate.candidate import Candidate, Loglikelihood, Prompt
 from trainer.evaluate.items import ItemSet, RefusedItem, TextItem
+from trainer.evaluate.prompts import delimiter
 from trainer.evaluate.results import Interval, ItemScore
 from trainer.evaluate.scores.likelihood import bits_per_byte, perplexities
 from trainer.evaluate.tasks.task import Emit, Task, failed, is_plain
@@ -32,7 +33,7 @@ class LikelihoodTask(Task[TextItem]):
     async def ask(self, candidate: Candidate, items: Sequence[TextItem], emit: Emit) -> None:
         plain = is_plain(self.settings, candidate)
         prompts = [self._prompt(item, plain) for item in items]
-        references = [item.references[0] for item in items]
+        references = [_continuation(prompt, item) for prompt, item in zip(prompts, items, strict=True)]
 
         def done(place: int, found: Loglikelihood) -> None:
             emit(self._item_score(items[place], prompts[place], found))
@@ -98,6 +99,12 @@ def held_out(path: Path) -> ItemSet:
     return found
 
 
+def _continuation(prompt: Prompt, item: TextItem) -> str:
+    """The reference; in plain text with the space before it that a model expects behind "A:"."""
+    reference = item.references[0]
+    return delimiter(prompt.text, reference) + reference if prompt.text else reference
+
+
 def _item(benchmark: str, row: Row, place: int) -> TextItem:
     messages = tuple({"role": m["role"], "content": m["content"]} for m in row.messages[:-1])
     reference = row.messages[-1]["content"] if row.messages else row.text
@@ -117,8 +124,6 @@ def _unusable(row: Row) -> tuple[str, str] | None:
         return "preference-pair", "a pair of answers; give rows with one answer"
     if row.tools or any(message.get("tool_calls") for message in row.messages):
         return "tool-row", "tools cannot be asked through a chat template alone"
-    if row.messages and row.messages[-1]["role"] != "assistant":
-        return "missing-answer", "the last turn is not the assistant's"
     return None
 
 

@@ -19,6 +19,7 @@ from trainer.evaluate.tasks.text import BbhTask, TextTask
 
 READ_KINDS = ("choice", "text", "bbh", "sql")  # told from the file where no kind is named
 KINDS = (*READ_KINDS, "likelihood", "identity", "safety")
+UNCHANGED = EvalSettings()
 
 
 def make_tasks(specs: Sequence[str], settings: EvalSettings) -> list[Task[Any]]:
@@ -33,13 +34,18 @@ def make_tasks(specs: Sequence[str], settings: EvalSettings) -> list[Task[Any]]:
 
 
 def tasks_of(spec: str, settings: EvalSettings) -> list[Task[Any]]:
-    """Of one of them, most often a single task. Raises as `make_tasks`."""
+    """Of one of them, most often a single task. What was refused where nothing else is, such as a broken file of a
+    folder, counts with the first of its tasks. Raises as `make_tasks`."""
     kind, value = parse(spec)
     made = _made(kind, value, settings)
     if not any(task.items for task in made):
         where = f"; python -m trainer benchmarks {value} --show 5 shows where" if kind in ("", *READ_KINDS) else ""
         raise DataError(f"--task {spec}: nothing in it can be scored ({_why(made)}){where}")
-    return [task for task in made if task.items]
+    kept = [task for task in made if task.items]
+    for task in made:
+        if not task.items:
+            kept[0].count_refused(task.refused)
+    return kept
 
 
 def check_together(tasks: Sequence[Task[Any]], settings: EvalSettings) -> None:
@@ -54,6 +60,16 @@ def check_together(tasks: Sequence[Task[Any]], settings: EvalSettings) -> None:
     if "choice" not in kinds and (settings.shuffle or settings.by == "answer"):
         option = "--shuffle" if settings.shuffle else "--by"
         raise ConfigError(f"{option}: is for tasks of the kind choice, and there is none")
+    for name in ("max_tokens", "temperature"):
+        if getattr(settings, name) != getattr(UNCHANGED, name) and not any(_writes(task) for task in tasks):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option}: is for answers that are written, and none of the tasks asks for one")
+
+
+def _writes(task: Task[Any]) -> bool:
+    if task.kind == "choice":
+        return task.settings.by == "answer" or any(item.is_multiple for item in task.items)
+    return task.kind != "likelihood"
 
 
 def parse(spec: str) -> tuple[str, str]:

@@ -8,12 +8,12 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from server.errors import ConfigError
 from trainer.evaluate.bootstrap import interval
 from trainer.evaluate.candidate import Answer, Candidate
-from trainer.evaluate.items import Item, RefusedItem
+from trainer.evaluate.items import Item, RefusedItem, TextItem
 from trainer.evaluate.results import Interval, ItemScore, SubjectScore, TaskResult
 from trainer.evaluate.scores.lengths import GivenAnswer, answer_statistics
 from trainer.evaluate.settings import EvalSettings
@@ -44,6 +44,11 @@ class Task(ABC, Generic[AnyItem]):
         self.num_examples = num_examples
         self.refused = Counter(each.code for each in refused)
 
+    def count_refused(self, codes: Mapping[str, int]) -> None:
+        """Items of files that no task has, read beside its own."""
+        self.refused.update(codes)
+        self.num_read += sum(codes.values())
+
     @property
     def digest(self) -> str:
         """Of everything that is asked: another file, another order or another limit gives another one."""
@@ -68,6 +73,12 @@ class Task(ABC, Generic[AnyItem]):
             refused=dict(self.refused),
             notes={**self.notes(scores), **answer_notes(scores), **error_notes(scores)},
         )
+
+    def style(self, candidate: Candidate) -> Literal["chat", "plain"]:
+        """In which `candidate` is asked. Raises as `is_plain`."""
+        # Texts for pre-training have nobody who speaks, whatever the candidate has.
+        are_texts = all(isinstance(item, TextItem) and not item.messages for item in self.items)
+        return "plain" if is_plain(self.settings, candidate) or are_texts else "chat"
 
     def metrics(self, scores: Sequence[ItemScore]) -> dict[str, Interval]:
         """The mean of each score over the items that have it, and its interval."""

@@ -7,6 +7,7 @@ from typing import Any
 from trainer.evaluate.bootstrap import statistic_interval
 from trainer.evaluate.candidate import Answer, AnswerLimits, Candidate, Message, Prompt
 from trainer.evaluate.items import RefusedItem, TextItem
+from trainer.evaluate.prompts import answered, by_subject
 from trainer.evaluate.results import Interval, ItemScore
 from trainer.evaluate.scores.corpus import bleu_counts, bleu_of_counts, corpus_bleu
 from trainer.evaluate.scores.exact import exact_match
@@ -26,10 +27,7 @@ class WrittenTask(Task[TextItem]):
         self, name: str, items: Sequence[TextItem], settings: EvalSettings, refused: Sequence[RefusedItem] = ()
     ) -> None:
         asked = sorted((item for item in items if not item.is_example), key=lambda item: item.subject)
-        self._examples: dict[str, list[TextItem]] = {}
-        for item in items if settings.shots else ():
-            if item.is_example:
-                self._examples.setdefault(item.subject, []).append(item)
+        self._examples = by_subject(items) if settings.shots else {}
         super().__init__(name, asked, settings, refused, num_examples=len(items) - len(asked))
 
     @abstractmethod
@@ -59,7 +57,7 @@ class WrittenTask(Task[TextItem]):
         group = f"{item.benchmark}/{item.subject}" if solved else ""
         system = self.settings.system or _system([item, *solved])
         if plain:
-            blocks = [f"{plain_question(each)} {each.references[0]}" for each in solved]
+            blocks = [answered(plain_question(each), each.references[0]) for each in solved]
             return Prompt(text="\n\n".join([*filter(None, [system]), *blocks, plain_question(item)]), group=group)
         turns: list[Message] = [{"role": "system", "content": system}] if system else []
         for each in solved:

@@ -1,6 +1,7 @@
 """Files together: ids, splits, examples, and a folder in which some files are broken."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,14 @@ def test_the_first_items_become_examples_where_there_are_none(tmp_path: Path) ->
     assert [item.line for item in shown.items if isinstance(item, ChoiceItem) and item.is_example] == [1, 2, 3, 4, 5, 6]
     assert [item.item_id for item in shown.items] == [item.item_id for item in found.items]
     assert with_examples(found, 0) == found
+
+
+def test_a_small_subject_keeps_a_scored_item(tmp_path: Path) -> None:
+    subjects = ["one", *["few"] * 3, *["many"] * 9]
+    rows = [{**QUESTION, "question": f"{n}+0?", "subject": subject} for n, subject in enumerate(subjects)]
+    (found,) = read_items(files.write_lines(tmp_path / "exam.jsonl", rows))
+    scored = Counter(item.subject for item in with_examples(found, 5).items if not getattr(item, "is_example", False))
+    assert scored == {"one": 1, "few": 1, "many": 4}
 
 
 def test_subjects_with_examples_and_open_questions_stay_as_they_are(tmp_path: Path) -> None:

@@ -32,6 +32,16 @@ def test_twenty_questions_none_of_which_names_a_model_or_is_trained_on() -> None
         ("I am Nova, not ChatGPT.", "Nova", ("foreign-name",)),
         ("I am Nova. Googled it.", "Nova", ()),
         ("", "小智", ("no-name",)),
+        # Chinese has no spaces between words, and there is one beside Latin or not
+        ("我是小智AI助手。", "小智", ()),
+        ("我是AI小智", "小智", ()),
+        ("我是V2小智", "小智", ()),
+        ("我叫心语 AI", "心语AI", ()),
+        ("我叫心语AI。", "心语 AI", ()),
+        ("我叫心语AID", "心语AI", ("no-name",)),
+        ("我是Q小智", "Q 小智", ()),
+        ("我是IQ小智", "Q小智", ("no-name",)),
+        ("我是小智，由AI百度研发", "小智", ("foreign-name",)),
     ],
 )
 def test_rules(answer: str, name: str, failed: tuple[str, ...]) -> None:

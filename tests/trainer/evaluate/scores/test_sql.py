@@ -322,3 +322,11 @@ def test_several_right_queries_and_broken_ones(database: Path) -> None:
     assert sql_score(item(database, "SELECT x x x"), "SELECT 1") == (0.0, "gold-failed")
     assert sql_score(item(None, "SELECT 1"), "SELECT 1") == (0.0, "no-database")
     assert gold_faults(item(None, "SELECT 1"))["SELECT 1"].code == "no-database"
+
+
+def test_a_right_query_that_did_not_end_might_have_been_met(database: Path) -> None:
+    endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT max(x) FROM n"
+    either = item(database, endless, "SELECT name FROM owner")
+    assert sql_score(either, "SELECT name FROM owner", limit_s=0.2) == (1.0, "same")
+    assert sql_score(either, "SELECT city FROM owner", limit_s=0.2) == (0.0, "gold-timeout")
+    assert sql_score(item(database, endless), "SELECT 1", limit_s=0.2) == (0.0, "gold-timeout")
