@@ -60,7 +60,7 @@ class Job:
 
     def check_memory(self, lengths: Sequence[int]) -> None:
         """`lengths`: tokens of the rows. Raises DoesNotFit; to be called before anything is loaded."""
-        check_fits(self.config, self.base, lengths)
+        check_fits(self.config, self.base, lengths, home=self.home)
 
     def load_model(self) -> Any:
         """The base with the method applied. Raises ConfigError."""

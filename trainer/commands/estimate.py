@@ -61,14 +61,14 @@ def _training(options: argparse.Namespace, home: Home) -> int:
     from trainer.estimate.probe import probe
     from trainer.estimate.report import training_json, training_lines
     from trainer.estimate.rows import Rows, read_lengths
-    from trainer.estimate.verdict import estimate_training, find_cure
+    from trainer.estimate.verdict import estimate_training, find_cure, read_models
 
     room = _room(options)
     config = resolve_words(options.words, machine=_as_machine(room)).config
     base = resolve_model(config.model_name_or_path, home)
     rows = Rows() if options.no_data else read_lengths(config, base)
     device = _device(config, room)
-    found = estimate_training(config, base, room, rows, device)
+    found = estimate_training(config, base, room, rows, device, read_models(config, base, home))
     cure = None if found.fits or found.first_fit else find_cure(found, base, rows, device)
     measured = probe(config, options.words, options.probe, home) if options.probe else None
     if options.json:

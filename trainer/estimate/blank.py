@@ -11,7 +11,7 @@ from typing import Any
 from server.errors import ConfigError
 from trainer.config import TrainConfig
 from trainer.errors import first_line
-from trainer.estimate.shape import Linear, ModelShape
+from trainer.estimate.shape import Linear, ModelShape, saved_bits
 
 
 def blank_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -37,7 +37,8 @@ def blank_shape(folder: Path, config: Mapping[str, Any], *, trust_remote_code: b
     layers = decoder_layers(model)
     vocabulary, hidden = _embedding(model).shape
     linears = tuple(_linears(layers[0]))
-    own_layer = sum(weight.numel() for weight in layers[0].parameters())
+    # Of all of them: layers may differ, the first dense and the others with experts.
+    num_in_layers = sum(weight.numel() for layer in layers for weight in layer.parameters())
     heads = int(getattr(model.config, "num_attention_heads", 0) or 1)
     kv_heads = int(getattr(model.config, "num_key_value_heads", None) or heads)
     head = model.get_output_embeddings()
@@ -53,11 +54,11 @@ def blank_shape(folder: Path, config: Mapping[str, Any], *, trust_remote_code: b
         is_tied=head is not None and head.weight is _embedding(model),
         linears=linears,
         num_norms=0,
-        num_outside=sum(weight.numel() for weight in model.parameters())
-        - sum(weight.numel() for layer in layers for weight in layer.parameters()),
+        num_outside=sum(weight.numel() for weight in model.parameters()) - num_in_layers,
         most_positions=int(getattr(model.config, "max_position_embeddings", 0) or 0),
         is_exact=False,
-        own_layer=own_layer,
+        num_in_layers=num_in_layers,
+        saved_bits=saved_bits(config),
     )
 
 

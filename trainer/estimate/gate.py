@@ -3,49 +3,53 @@
 An estimate is not a promise, so only a clear miss is refused: 85 % of the estimate is more than there is.
 """
 
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from server.errors import ConfigError
+from server.store.home import Home
 from trainer.config import TrainConfig
-from trainer.errors import DoesNotFit
+from trainer.errors import DoesNotFit, first_line
 from trainer.estimate.reserve import GIB, process_bytes
 from trainer.estimate.room import Room
 from trainer.estimate.rows import Rows
 from trainer.estimate.training import Device
-from trainer.estimate.verdict import Cure, TrainingEstimate, estimate_training, find_cure
+from trainer.estimate.verdict import Cure, TrainingEstimate, estimate_training, find_cure, read_models
 
+log = logging.getLogger("qloop.estimate")
 SURE = 0.85
 
 
-def check_fits(config: TrainConfig, base: Path, lengths: Sequence[int], room: Room | None = None) -> None:
-    """Raises DoesNotFit; says nothing where the memory or the architecture is not known.
+def check_fits(
+    config: TrainConfig, base: Path, lengths: Sequence[int], room: Room | None = None, home: Home | None = None
+) -> None:
+    """Raises DoesNotFit; says nothing where the memory, the architecture or another part of the run is not known.
 
-    `lengths`: tokens of the rows, in the run's order. `room`: what is free now; else this machine is asked.
+    `lengths`: tokens of the rows, in the run's order. `room`: what is free now; else this machine is asked. `home`:
+    where a reward model's run lies; else the environment's.
     """
     if not config.memory_check:
         return
-    import torch
-
-    room = room or _room()
-    if room.device <= 0:
-        return
-    process = process_bytes()
-    device = Device(on_cpu=room.on_cpu, has_bf16=not room.on_cpu and torch.cuda.is_bf16_supported(), process=process)
     rows = Rows(tuple(lengths))
     try:
-        found = estimate_training(config, base, room, rows, device)
-    except ConfigError:
-        return  # training will say what is wrong
-    # What this process has already is no longer among what is free.
-    needed = found.bytes - (process if room.on_cpu else 0)
-    if SURE * needed > room.device or (found.chosen and SURE * found.chosen.host > room.host):
-        raise DoesNotFit(refusal(found, find_cure(found, base, rows, device)))
+        room = room or _room()
+        if room.device <= 0:
+            return
+        device = _device(room)
+        found = estimate_training(config, base, room, rows, device, read_models(config, base, home))
+    except Exception as error:
+        # The check is a courtesy. An architecture with code of its own can surprise the estimate in ways that nobody
+        # lists, and its run may be a good one; what is wrong with the run itself, training will say.
+        _note(error)
+        return
+    if _surely_misses(found, device):
+        raise DoesNotFit(refusal(found, _cure(found, base, rows, device)))
 
 
 def refusal(found: TrainingEstimate, cure: Cure | None) -> str:
     """One line: how much it needs, how much there is, and the first rung or the smallest change that fits."""
-    needed = f"about {found.bytes / GIB:.1f} GiB are needed, {found.room.device / GIB:.1f} GiB are free"
+    needed = f"about {found.least_bytes / GIB:.1f} GiB are needed, {found.room.device / GIB:.1f} GiB are free"
     if found.chosen and found.chosen.device <= found.room.device:
         needed = (
             f"about {found.chosen.host / GIB:.1f} GiB of main memory are needed beside the GPUs, "
@@ -65,23 +69,56 @@ def refusal(found: TrainingEstimate, cure: Cure | None) -> str:
     )
 
 
+def _surely_misses(found: TrainingEstimate, device: Device) -> bool:
+    room = found.room
+    if found.not_judged:
+        return False
+    # What this process has already is no longer among what is free.
+    needed = found.least_bytes - (device.process if room.on_cpu else 0)
+    return SURE * needed > room.device or (found.chosen is not None and SURE * found.chosen.host > room.host)
+
+
+def _cure(found: TrainingEstimate, base: Path, rows: Rows, device: Device) -> Cure | None:
+    """None, too, where a cure cannot be estimated: the refusal stands without it."""
+    try:
+        return find_cure(found, base, rows, device)
+    except Exception as error:
+        _note(error)
+        return None
+
+
+def _note(error: Exception) -> None:
+    log.info("the memory check could not estimate: %s: %s", type(error).__name__, first_line(error))
+
+
+def _device(room: Room) -> Device:
+    from trainer.options.arguments import gpu_has_bf16
+
+    return Device(room.on_cpu, not room.on_cpu and gpu_has_bf16(), process_bytes())
+
+
 def _room() -> Room:
+    """This rank's own GPU; to ask for another would make a CUDA context on it, beside the rank that trains there."""
     import torch
 
     from trainer.estimate.room import this_machine
-    from trainer.machine import find_machine
+    from trainer.machine import Machine, find_machine
 
     machine = find_machine()
     if not machine.num_gpus or not torch.cuda.is_available():
-        from trainer.machine import Machine
-
         return this_machine(Machine())
-    free = min(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
     known = this_machine(machine)
-    return Room(_world(torch.cuda.device_count()), int(free), known.host, known.name)
+    world = _world(torch.cuda.device_count())
+    return Room(world, torch.cuda.mem_get_info()[0], known.host, known.name, _machines())
 
 
 def _world(devices: int) -> int:
     import torch.distributed as group
 
     return group.get_world_size() if group.is_available() and group.is_initialized() else devices
+
+
+def _machines() -> int:
+    """torchrun tells every rank how many ranks there are, and how many of them on its own machine."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    return max(1, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))

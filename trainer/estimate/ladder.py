@@ -8,6 +8,7 @@ runs". ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054, section 3: with P number
 from dataclasses import dataclass
 
 from trainer.estimate.training import Needs
+from trainer.estimate.zero_plan import ZeroPlan, zero_plan
 from trainer.options.zero import ZERO_NAMES
 
 BUCKET = 500_000_000  # reduce_bucket_size and allgather_bucket_size of trainer.options.zero, in numbers
@@ -20,7 +21,7 @@ SPEED = "0 (DDP) > 1 > 2 > 2 + offload > 3 > 3 + offload"
 
 @dataclass(frozen=True)
 class Rung:
-    """`device` and `host` in bytes, of the fullest GPU and of the whole machine; `refused`: why it cannot be used."""
+    """`device` and `host` in bytes, of the fullest GPU and of one machine; `refused`: why it cannot be used."""
 
     name: str
     parts: dict[str, int]
@@ -33,19 +34,18 @@ class Rung:
 
     @property
     def title(self) -> str:
-        return {"zero0": "0 (DDP)", "zero2_offload": "2 + offload", "zero3_offload": "3 + offload"}.get(
-            self.name, self.name.removeprefix("zero")
-        )
+        return "0 (DDP)" if self.name == "zero0" else self.name.removeprefix("zero").replace("_", " + ")
 
 
-def rungs(plain: Needs, divided: Needs, num_gpus: int) -> tuple[Rung, ...]:
+def rungs(plain: Needs, divided: Needs, num_gpus: int, num_machines: int = 1) -> tuple[Rung, ...]:
     """All six, fastest first. On one GPU rung 0 is the plain run, without DeepSpeed; `divided` is counted with it."""
-    return tuple(_rung(name, plain if name == "zero0" else divided, num_gpus) for name in ZERO_NAMES)
+    return tuple(rung_of(zero_plan(name), plain, divided, num_gpus, num_machines) for name in ZERO_NAMES)
 
 
-def _rung(name: str, needs: Needs, gpus: int) -> Rung:
-    stage, offload = int(name[4]), name.endswith("offload")
-    states = _plain(needs, gpus) if stage == 0 else _divided(needs, gpus, stage, offload)
+def rung_of(plan: ZeroPlan, plain: Needs, divided: Needs, num_gpus: int, num_machines: int = 1) -> Rung:
+    """What a plan leaves; what it moves to NVMe is counted as main memory. `num_gpus`: of all machines together."""
+    needs = divided if plan.stage else plain
+    states = _divided(needs, num_gpus, num_machines, plan) if plan.stage else _plain(needs, num_gpus)
     parts = {
         "weights": states["weights"],
         "adapter": needs.adapter,
@@ -59,9 +59,9 @@ def _rung(name: str, needs: Needs, gpus: int) -> Rung:
         "reserve": needs.reserve,
     }
     refused = ""
-    if stage == 3 and needs.is_quantized:
+    if plan.stage == 3 and needs.is_quantized:
         refused = "nf4 and int8 weights are stored as bytes, which ZeRO-3 does not divide"
-    return Rung(name, parts, states["host"], refused)
+    return Rung(plan.name, parts, states["host"], refused)
 
 
 def _plain(needs: Needs, gpus: int) -> dict[str, int]:
@@ -75,26 +75,24 @@ def _plain(needs: Needs, gpus: int) -> dict[str, int]:
     }
 
 
-def _divided(needs: Needs, gpus: int, stage: int, offload: bool) -> dict[str, int]:
+def _divided(needs: Needs, gpus: int, machines: int, plan: ZeroPlan) -> dict[str, int]:
     """DeepSpeed holds trained weights in the compute format, and float32 masters with the optimizer's states."""
     count, size = needs.num_trained, needs.compute
     weights = needs.frozen + (count * size if needs.trained else 0)
-    gradients = count * size
-    states = needs.optimizer + 4 * count
+    states, own = -(-(needs.optimizer + 4 * count) // gpus), -(-count * size // gpus)
+    gradients = own if plan.stage >= 2 else count * size
     buffers = 2 * min(BUCKET, count) * size
-    host = 0
-    if stage == 3:
-        whole = weights
-        weights, gradients, states = (-(-part // gpus) for part in (weights, gradients, states))
-        buffers = min(LIVE * size, whole) if gpus > 1 or offload else 0
-    else:
-        states = -(-states // gpus)
-        gradients = -(-gradients // gpus) if stage == 2 else gradients
-    if offload:
-        host = round(HOST_FACTOR * (states + gradients) * gpus)
+    if plan.stage == 3:
+        buffers = min(LIVE * size, weights) if gpus > 1 or plan.offloads else 0
+        weights = -(-weights // gpus)
+    moved = 0
+    if plan.states != "none":
+        moved += states + own
         states = 0
-        gradients = min(gradients, min(BUCKET, count) * size)
-        if stage == 3:
-            host += round(HOST_FACTOR * weights * gpus)
-            weights = 0
+        gradients = min(gradients, min(BUCKET, count) * size) if plan.stage >= 2 else gradients
+    if plan.weights != "none":
+        moved += weights
+        weights = 0
+    # Main memory is one machine's, and only that machine's GPUs move to it.
+    host = round(HOST_FACTOR * moved * -(-gpus // machines))
     return {"weights": weights, "gradients": gradients, "optimizer": states, "buffers": buffers, "host": host}

@@ -35,7 +35,7 @@ def training_lines(found: TrainingEstimate, device: Device, cure: Cure | None, p
     """For a person who wants to know whether it will run."""
     config, shape, run = found.config, found.shape, found.run
     yield (
-        f"a model of {shape.num_parameters:,} parameters in {load_format(config, device)[0]}; "
+        f"a model of {shape.num_parameters:,} parameters in {load_format(config, shape, device)[0]}; "
         f"{config.stage}, {config.finetuning_type}: {found.needs.num_trained:,} numbers are trained"
     )
     source = "the largest of your rows" if found.knows_rows else "if rows are as long as max_length allows"
@@ -101,6 +101,10 @@ def ladder_lines(found: TrainingEstimate) -> Iterator[str]:
 
 def verdict_lines(found: TrainingEstimate, cure: Cure | None) -> Iterator[str]:
     have = f"{found.room.device / GIB:.1f} GiB of {found.room.name}"
+    if found.not_judged:
+        yield f"not judged: {found.not_judged}"
+        yield "next: compare the figures above with what you have, or measure a few steps with --probe"
+        return
     if found.fits:
         yield f"fits: {found.bytes / GIB:.1f} GiB at the peak, within {have}"
         yield "next: start it with `python -m trainer train` and the same words"
@@ -152,6 +156,7 @@ def training_json(found: TrainingEstimate, cure: Cure | None, probe: Probe | Non
         "load_bytes": found.needs.load,
         "room": {"gpus": found.room.num_gpus, "bytes": found.room.device, "host_bytes": found.room.host},
         "fits": found.fits,
+        "not_judged": found.not_judged or None,
         "rungs": [
             {
                 "name": rung.name,

@@ -13,12 +13,16 @@ _GPUS = re.compile(r"(?:(\d+)\s*[x×*]\s*)?(\d+(?:\.\d+)?)\s*(g|gb|gib)?", re.IG
 
 @dataclass(frozen=True)
 class Room:
-    """`num_gpus` of `device` bytes each, or a CPU with `device` bytes; `host`: main memory beside the GPUs."""
+    """`num_gpus` of `device` bytes each, or a CPU with `device` bytes; `host`: main memory beside the GPUs.
+
+    The GPUs are those of all `num_machines` together, `host` is one machine's.
+    """
 
     num_gpus: int
     device: int
     host: int
     name: str
+    num_machines: int = 1
 
     @property
     def on_cpu(self) -> bool:

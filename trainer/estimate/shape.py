@@ -33,7 +33,8 @@ class Linear:
 @dataclass(frozen=True)
 class ModelShape:
     """`linears`: those of one layer, all layers alike. `num_norms`: other numbers of one layer. `is_exact`: the counts
-    of activations were checked against this architecture, not only those of parameters."""
+    of activations were checked against this architecture, not only those of parameters. `saved_bits`: 4 or 8 where the
+    folder's weights are quantized by bitsandbytes, else 0."""
 
     model_type: str
     vocabulary: int
@@ -49,17 +50,19 @@ class ModelShape:
     num_outside: int  # in no layer: embeddings, output layer unless tied, last norm, positions
     most_positions: int = 0
     is_exact: bool = True
-    own_layer: int = 0  # parameters of one layer where `linears` do not tell
+    num_in_layers: int = 0  # parameters of all layers together where `linears` do not tell
+    saved_bits: int = 0
 
     @property
     def num_layer_parameters(self) -> int:
-        if self.own_layer:
-            return self.own_layer
+        """Of one layer; of layers that differ, the mean."""
+        if self.num_in_layers:
+            return round(self.num_in_layers / self.layers)
         return sum(linear.num_weights + linear.num_biases for linear in self.linears) + self.num_norms
 
     @property
     def num_parameters(self) -> int:
-        return self.layers * self.num_layer_parameters + self.num_outside
+        return (self.num_in_layers or self.layers * self.num_layer_parameters) + self.num_outside
 
     @property
     def num_linear_weights(self) -> int:
@@ -119,7 +122,16 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape | None:
         num_norms=2 * hidden + (2 * head if kind == "qwen3" else 0),
         num_outside=vocabulary * hidden * (1 if tied else 2) + hidden,
         most_positions=int(config.get("max_position_embeddings") or 0),
+        saved_bits=saved_bits(config),
     )
+
+
+def saved_bits(config: Mapping[str, Any]) -> int:
+    """4 or 8 where a config.json says that bitsandbytes quantized the folder's weights, else 0."""
+    quantized = config.get("quantization_config")
+    if not isinstance(quantized, Mapping):
+        return 0
+    return 4 if quantized.get("load_in_4bit") else 8 if quantized.get("load_in_8bit") else 0
 
 
 def _number(config: Mapping[str, Any], key: str) -> int:

@@ -40,15 +40,22 @@ def trained_by(config: TrainConfig, shape: ModelShape, folder: Path) -> Trained:
         return Trained(shape.num_parameters, shape.layers, trains_head=True, trains_base=True)
     if method == "freeze":
         count = min(config.freeze_trainable_layers, shape.layers)
-        return Trained(count * shape.num_layer_parameters, count, trains_head=False, trains_base=True)
+        # Only where layers are known to be alike does one tell the others.
+        num = count * shape.num_layer_parameters if shape.is_exact else _counted(config, folder)
+        return Trained(num, count, trains_head=False, trains_base=True)
     lora = _targets(config, shape) if method in LORA else ()
     rank = config.lora_rank if lora else 0
     if lora and shape.is_exact and not _is_pattern(config, shape):
         each = sum(rank * (linear.inputs + linear.outputs) + config.use_dora * linear.outputs for linear in lora)
         return Trained(shape.layers * each, shape.layers, trains_head=False, lora=lora, rank=rank)
+    return Trained(_counted(config, folder), shape.layers, trains_head=False, lora=lora, rank=rank)
+
+
+def _counted(config: TrainConfig, folder: Path) -> int:
+    """On the architecture's own modules."""
     from trainer.estimate.blank import count_trained
 
-    return Trained(count_trained(folder, config), shape.layers, trains_head=False, lora=lora, rank=rank)
+    return count_trained(folder, config)
 
 
 def _targets(config: TrainConfig, shape: ModelShape) -> tuple[Linear, ...]:

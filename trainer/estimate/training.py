@@ -19,12 +19,14 @@ from trainer.estimate.activations import (
     saved_by_layer,
     saved_outside,
 )
+from trainer.estimate.models import RewardModel
 from trainer.estimate.output_loss import LossBytes, loss_bytes, pair_loss_bytes, ppo_loss_bytes
 from trainer.estimate.shape import ModelShape
 from trainer.estimate.trained import Trained, trained_by
-from trainer.estimate.weights import BYTES, file_bytes, weight_bytes
+from trainer.estimate.weights import BYTES, SAVED_FORMATS, SHORT_NAMES, file_bytes, weight_bytes
 from trainer.methods.plan import base_bits, changes_base
-from trainer.options.checks import PROMPT_METHODS, TRL_STAGES, WHOLE_METHODS
+from trainer.options.checks import TRL_STAGES, WHOLE_METHODS
+from trainer.options.precision import base_format, checkpoints, reward_format, uses_bf16
 
 STATE_BYTES = {"adamw": 8.0, "8bit": 2.0 + 8 / 256, "adafactor": 0.02, "sgd": 0.0, "lion": 4.0, "ada": 4.0, "rms": 4.0}
 
@@ -33,7 +35,7 @@ STATE_BYTES = {"adamw": 8.0, "8bit": 2.0 + 8 / 256, "adafactor": 0.02, "sgd": 0.
 class Needs:
     """Bytes with nothing divided. `frozen` and `trained`: weights. `rest`: beside all gradients when the backward
     pass ends. `accumulates`: gradients of an earlier pass stand beside the activations of the next. `loading`: what the
-    file takes beside the weights while it is read."""
+    file takes beside the weights while it is read, `mapped` of it as pages of the file."""
 
     frozen: int
     trained: int
@@ -53,6 +55,7 @@ class Needs:
     chunk_logits: int = 0
     accumulates: bool = False
     process: int = 0  # of `reserve`, what is there before the first step
+    mapped: int = 0
 
     @property
     def weights(self) -> int:
@@ -90,6 +93,11 @@ class Needs:
     def peak(self) -> int:
         return max(self.step, self.load)
 
+    @property
+    def least_peak(self) -> int:
+        """Without the file's pages: they show in the process' size, but the kernel drops them when memory is short."""
+        return max(self.step, self.load - self.mapped)
+
 
 @dataclass(frozen=True)
 class Device:
@@ -101,64 +109,46 @@ class Device:
 
 
 def numbers_of(config: TrainConfig, device: Device) -> Numbers:
-    """Formats as trainer.options.arguments chooses them: fp32 masters for whole methods, 16 bits below adapters."""
-    mixed = config.fp16 or (device.has_bf16 if config.bf16 is None else config.bf16)
-    base = 4 if config.finetuning_type in WHOLE_METHODS or not mixed else 2
-    return Numbers(base, 2 if mixed else 4, mixed, device.on_cpu)
+    """Formats as the trainer chooses them: fp32 masters for whole methods, 16 bits below adapters."""
+    base = SHORT_NAMES[base_format(config, gpu_has_bf16=device.has_bf16)]
+    mixed = config.fp16 or uses_bf16(config, gpu_has_bf16=device.has_bf16)
+    return Numbers(BYTES[base], 2 if mixed else 4, mixed, device.on_cpu)
 
 
-def load_format(config: TrainConfig, device: Device) -> tuple[str, str]:
-    """The weights' format, and that of what is not quantized."""
-    kept = {4: "fp32", 2: "fp16" if config.fp16 else "bf16"}[numbers_of(config, device).base]
-    bits = base_bits(config)
-    return {0: kept, 4: "nf4", 8: "int8"}[bits], kept
-
-
-def checkpoints(config: TrainConfig, device: Device) -> bool:
-    if config.gradient_checkpointing is not None:
-        return config.gradient_checkpointing
-    return not device.on_cpu and config.finetuning_type not in PROMPT_METHODS
+def load_format(config: TrainConfig, shape: ModelShape, device: Device) -> tuple[str, str]:
+    """The weights' format, and that of what is not quantized. Weights that are saved quantized are loaded so."""
+    kept = SHORT_NAMES[base_format(config, gpu_has_bf16=device.has_bf16)]
+    return SAVED_FORMATS.get(shape.saved_bits or base_bits(config), kept), kept
 
 
 def training_needs(
-    config: TrainConfig, shape: ModelShape, folder: Path, run: Pass, device: Device, *, by_deepspeed: bool = False
+    config: TrainConfig,
+    shape: ModelShape,
+    folder: Path,
+    run: Pass,
+    device: Device,
+    *,
+    reward: RewardModel | None = None,
+    by_deepspeed: bool = False,
 ) -> Needs:
     """Everything on one device. `by_deepspeed`: trained weights are in the compute format when they are used.
 
-    Raises ConfigError where the method does not suit the architecture.
+    `reward`: of stage ppo; not known, it is counted like the base. Raises ConfigError where the method does not suit
+    the architecture.
     """
     trained = trained_by(config, shape, folder)
     numbers = numbers_of(config, device)
     if by_deepspeed:
         numbers = replace(numbers, base=numbers.compute)
-    number, kept = load_format(config, device)
-    weights = weight_bytes(shape, number, kept=kept)
-    is_whole = config.finetuning_type in WHOLE_METHODS
-    trained_weights = trained.num * 4 if is_whole else 0
-    gradients = trained.num * 4
-    activations, one_layer = _activations(config, shape, trained, run, numbers, device)
-    loss = _loss(config, shape, trained, run, numbers)
-    passing = max(loss.passing, backward_peak(shape, trained, run, numbers))
-    # The tied embedding's gradient comes twice, from the output layer and from the input, and is added.
-    twice = shape.num_embedding * 4 if trained.trains_head and shape.is_tied else 0
-    adapter = 0 if is_whole else trained.num * 4
+    number, kept = load_format(config, shape, device)
     needs = Needs(
-        frozen=weights - trained_weights,
-        trained=trained_weights,
-        num_trained=trained.num,
-        adapter=adapter * (2 if config.stage == "dpo" or changes_base(config) else 1),
-        others=_other_models(config, shape, device),
-        gradients=gradients,
-        optimizer=round(trained.num * state_bytes(config.optim)),
-        activations=activations,
-        loss=loss.kept + passing,
-        rest=one_layer + twice,
-        whole_logits=loss.whole,
+        **_states(config, trained, weight_bytes(shape, number, kept=kept)),
+        **_passing(config, shape, trained, run, numbers),
+        **_reading(config, shape, folder, number, device),
+        others=_other_models(config, shape, reward or RewardModel(shape), device),
         reserve=0,
-        loading=0 if not device.on_cpu or config.from_scratch else _beside(folder, number, shape),
-        is_quantized=bool(base_bits(config)),
+        is_quantized=number in SAVED_FORMATS.values(),
         compute=numbers.compute,
-        chunk_logits=loss.logits,
         accumulates=config.gradient_accumulation_steps > 1,
     )
     return with_reserve(needs, config, device)
@@ -179,15 +169,54 @@ def state_bytes(optimizer: str) -> float:
     return next((size for name, size in STATE_BYTES.items() if optimizer.startswith(name)), STATE_BYTES["adamw"])
 
 
+def _states(config: TrainConfig, trained: Trained, weights: int) -> dict[str, int]:
+    """Weights, and what every trained number has."""
+    size = trained.num * 4
+    is_whole = config.finetuning_type in WHOLE_METHODS
+    copies = 2 if config.stage == "dpo" or changes_base(config) else 1
+    return {
+        "frozen": weights - (size if is_whole else 0),
+        "trained": size if is_whole else 0,
+        "num_trained": trained.num,
+        "adapter": 0 if is_whole else size * copies,
+        "gradients": size,
+        "optimizer": round(trained.num * state_bytes(config.optim)),
+    }
+
+
+def _passing(config: TrainConfig, shape: ModelShape, trained: Trained, run: Pass, numbers: Numbers) -> dict[str, int]:
+    """What a forward pass and its backward pass take."""
+    activations, one_layer = _activations(config, shape, trained, run, numbers)
+    loss = _loss(config, shape, trained, run, numbers)
+    # The tied embedding's gradient comes twice, from the output layer and from the input, and is added.
+    twice = shape.num_embedding * 4 if trained.trains_head and shape.is_tied else 0
+    return {
+        "activations": activations,
+        "loss": loss.kept + max(loss.passing, backward_peak(shape, trained, run, numbers)),
+        "rest": one_layer + twice,
+        "whole_logits": loss.whole,
+        "chunk_logits": loss.logits,
+    }
+
+
+def _reading(config: TrainConfig, shape: ModelShape, folder: Path, number: str, device: Device) -> dict[str, int]:
+    """safetensors maps the file; pages that were read count until it is closed, and so does the tensor that is being
+    converted, at most the embeddings. Read in its own format, the mapping is the weights."""
+    if not device.on_cpu or config.from_scratch or (number in BYTES and number == _saved_format(folder)):
+        return {"loading": 0, "mapped": 0}
+    size = file_bytes(folder)
+    return {"loading": size + round(size * shape.num_embedding / shape.num_parameters), "mapped": size}
+
+
 def _activations(
-    config: TrainConfig, shape: ModelShape, trained: Trained, run: Pass, numbers: Numbers, device: Device
+    config: TrainConfig, shape: ModelShape, trained: Trained, run: Pass, numbers: Numbers
 ) -> tuple[int, int]:
     """At the end of the forward pass; and what is still there at the end of the backward pass."""
     dropout = bool(trained.lora) and config.lora_dropout > 0
     layer = saved_by_layer(shape, trained, run, numbers, dropout=dropout)
     casts = cast_weights(shape, trained, numbers)
     outside = saved_outside(shape, run, numbers)
-    if not checkpoints(config, device):
+    if not checkpoints(config, on_gpu=not numbers.on_cpu):
         return trained.layers * layer + casts + outside, 0
     kept = trained.layers * saved_by_checkpoint(shape, run, numbers)
     working = layer + backward_peak(shape, trained, run, numbers)
@@ -202,24 +231,20 @@ def _loss(config: TrainConfig, shape: ModelShape, trained: Trained, run: Pass, n
     return loss_bytes(shape, trained, run, numbers)
 
 
-def _other_models(config: TrainConfig, shape: ModelShape, device: Device) -> int:
-    """dpo and ppo keep a second copy of whole weights as reference; ppo a reward model, counted at the base's size."""
+def _other_models(config: TrainConfig, shape: ModelShape, reward: RewardModel, device: Device) -> int:
+    """dpo and ppo keep a second copy of whole weights as reference; ppo a reward model."""
     is_whole = config.finetuning_type in WHOLE_METHODS
     copy = weight_bytes(shape, "fp32") if is_whole and config.stage in ("dpo", "ppo") else 0
-    mixed = device.has_bf16 if config.bf16 is None else config.bf16
-    reward = shape.num_parameters * (2 if mixed else 4) if config.stage == "ppo" else 0
-    return copy + reward
+    if config.stage != "ppo":
+        return copy
+    return copy + reward.bytes_in(SHORT_NAMES[reward_format(config, gpu_has_bf16=device.has_bf16)])
 
 
-def _beside(folder: Path, number: str, shape: ModelShape) -> int:
-    """safetensors maps the file; pages that were read count until it is closed, and so does the tensor that is being
-    converted, at most the embeddings. Read in its own format, the mapping is the weights."""
-    size = file_bytes(folder)
+def _saved_format(folder: Path) -> str:
+    """Of the folder's weights, as config.json names it; empty where it is none of ours."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return size
+        return ""
     saved = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    same = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(saved) == number
-    share = shape.num_embedding / shape.num_parameters
-    return 0 if same and number in BYTES else size + round(size * share)
+    return SHORT_NAMES.get(saved, "")

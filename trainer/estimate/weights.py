@@ -12,6 +12,8 @@ from trainer.estimate.shape import ModelShape
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FORMATS = (*BYTES, "int8", "nf4")
+SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # of torch's formats
+SAVED_FORMATS = {4: "nf4", 8: "int8"}  # of weights that bitsandbytes quantizes to so many bits
 NF4_BLOCK, NF4_GROUP = 64, 256
 # Of each quantized matrix beside its constants: the 16 values of nf4, the 256 of its constants' code, their offset.
 NF4_TABLES = 4 * (16 + 256) + 4

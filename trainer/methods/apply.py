@@ -154,13 +154,15 @@ def _train_last_layers(model: Any, count: int) -> Any:
 
 
 def decoder_layers(model: Any) -> Any:
-    """The ModuleList of the model's layers, whatever its family calls it."""
+    """The ModuleList of the model's layers, whatever its family calls it. Raises ConfigError where there is none."""
     from torch import nn
 
-    wanted = model.config.num_hidden_layers
+    config = model.config
+    wanted = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None)  # the latter: ChatGLM
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
     raise ConfigError(
-        f"finetuning_type=freeze: no list of {wanted} layers in this {model.config.model_type} model; take full or lora"
+        f"finetuning_type=freeze: no list of {wanted or 'its'} layers in this {config.model_type} model; "
+        "take full or lora"
     )

@@ -9,8 +9,9 @@ from transformers import TrainingArguments
 
 from server.errors import ConfigError
 from trainer.config import TrainConfig
+from trainer.methods.base_model import DTYPES
 from trainer.methods.plan import base_bits
-from trainer.options.checks import PROMPT_METHODS, WHOLE_METHODS
+from trainer.options.precision import base_format, checkpoints, uses_bf16
 from trainer.options.zero import deepspeed_config
 from trainer.runs.callbacks import ARGUMENTS
 
@@ -61,16 +62,16 @@ def training_arguments(
         raise ConfigError(f"transformers refuses these options: {str(error).strip()}") from error
 
 
+def gpu_has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
 def has_bf16(config: TrainConfig) -> bool:
-    automatic = not config.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return automatic if config.bf16 is None else config.bf16
+    return uses_bf16(config, gpu_has_bf16=gpu_has_bf16())
 
 
 def load_dtype(config: TrainConfig) -> torch.dtype:
-    """Trained weights stay in float32, autocast does the rest; frozen ones may be of 16 bits."""
-    if config.finetuning_type in WHOLE_METHODS:
-        return torch.float32
-    return torch.bfloat16 if has_bf16(config) else torch.float16 if config.fp16 else torch.float32
+    return DTYPES[base_format(config, gpu_has_bf16=gpu_has_bf16())]
 
 
 def attention_of(config: TrainConfig) -> str | None:
@@ -78,9 +79,7 @@ def attention_of(config: TrainConfig) -> str | None:
 
 
 def checkpoints_gradients(config: TrainConfig) -> bool:
-    if config.gradient_checkpointing is not None:
-        return config.gradient_checkpointing
-    return torch.cuda.is_available() and config.finetuning_type not in PROMPT_METHODS
+    return checkpoints(config, on_gpu=torch.cuda.is_available())
 
 
 def loading(config: TrainConfig) -> Mapping[str, Any]:

@@ -10,23 +10,16 @@ from transformers import AutoModelForSequenceClassification
 
 from server.errors import ConfigError
 from server.store.home import Home
-from server.store.model_folder import resolve_model
 from trainer.config import TrainConfig
-from trainer.methods.base_model import load_base
-from trainer.options.arguments import has_bf16
-from trainer.runs.run_folder import RECORD, read_run
+from trainer.methods.base_model import DTYPES, load_base
+from trainer.options.arguments import gpu_has_bf16
+from trainer.options.precision import reward_format
+from trainer.stages.reward_source import RewardSource, find_reward
 
 
 def load_reward(config: TrainConfig, home: Home) -> Callable[[list[list[int]]], Tensor]:
     """Raises ConfigError when `reward_model` is neither a finished rm run nor a folder of a scoring model."""
-    if not config.reward_model:
-        raise ConfigError("reward_model is not set: stage=ppo needs the run or folder of a model trained with stage=rm")
-    found = [
-        path for path in (Path(config.reward_model).expanduser(), home.runs / config.reward_model) if path.is_dir()
-    ]
-    if not found:
-        raise ConfigError(f"reward_model={config.reward_model}: no such run or folder")
-    return Reward(_load(found[0], config, home))
+    return Reward(_load(find_reward(config, home), config))
 
 
 class Reward:
@@ -49,20 +42,16 @@ class Reward:
         return scores[:, 0].float()
 
 
-def _load(folder: Path, config: TrainConfig, home: Home) -> Any:
-    dtype = torch.bfloat16 if has_bf16(config) else torch.float32
+def _load(source: RewardSource, config: TrainConfig) -> Any:
+    dtype = DTYPES[reward_format(config, gpu_has_bf16=gpu_has_bf16())]
     options: dict[str, Any] = {"auto_class": AutoModelForSequenceClassification, "num_labels": 1, "dtype": dtype}
-    if not (folder / RECORD).is_file():
-        return _checked(load_base(folder, **options, new_head=()), folder)  # a random head would score by chance
-    record = read_run(folder)
-    if record.get("state") != "done" or record.get("config", {}).get("stage") != "rm":
-        raise ConfigError(f"reward_model={config.reward_model}: this is no finished run of stage=rm")
-    if record.get("output") == "model":
-        return _checked(load_base(folder / "model", **options, new_head=()), folder)
+    if source.adapter is None:
+        # A random head would score by chance.
+        return _checked(load_base(source.model, **options, new_head=()), source.folder)
     from peft import PeftModel
 
-    base = load_base(resolve_model(str(record["base_path"]), home), **options)
-    return _checked(PeftModel.from_pretrained(base, str(folder / "adapter")), folder)
+    base = load_base(source.model, **options)
+    return _checked(PeftModel.from_pretrained(base, str(source.adapter)), source.folder)
 
 
 def _checked(model: Any, folder: Path) -> Any:

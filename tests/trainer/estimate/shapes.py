@@ -47,6 +47,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"model_type": "bloom", "n_layer": 3, "n_head": 4},
     "opt": {"model_type": "opt", "ffn_dim": 160, "word_embed_proj_dim": 64},
     "gpt_neox": {"model_type": "gpt_neox"},
+    "qwen2_moe": {  # the first layer dense, the others with experts
+        "model_type": "qwen2_moe",
+        "mlp_only_layers": [0],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 96,
+    },
 }
 
 

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from server.errors import ConfigError
 from tests.trainer.estimate.shapes import FAMILIES, QWEN2_7B, QWEN2_HALF_B, small
 from trainer.config import TrainConfig
 from trainer.estimate.blank import blank_shape, count_trained
@@ -13,6 +15,7 @@ from trainer.estimate.shape import EXACT, shape_of
 from trainer.estimate.trained import trained_by
 from trainer.estimate.training import state_bytes
 from trainer.estimate.weights import weight_bytes
+from trainer.methods.apply import decoder_layers
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full"},
@@ -66,6 +69,32 @@ def test_parameters_are_those_of_the_model(family: str, tmp_path: Path) -> None:
     assert blank_shape(folder, values).num_parameters == shape.num_parameters
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_last_layers_of_a_model_whose_layers_differ(count: int, tmp_path: Path) -> None:
+    values = small("qwen2_moe")
+    folder = folder_of(values, tmp_path / "m")
+    layers = model_of(folder).model.layers
+    sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
+    assert sizes[0] != sizes[1]
+    config = config_of(finetuning_type="freeze", freeze_trainable_layers=count)
+    assert trained_by(config, blank_shape(folder, values), folder).num == sum(sizes[-count:])
+
+
+@pytest.mark.parametrize("names", [("num_hidden_layers",), ("num_layers",), ()])
+def test_layers_are_found_by_either_name_of_their_number(names: tuple[str, ...]) -> None:
+    """ChatGLM's config has num_layers."""
+    from torch import nn
+
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(3))
+    model.config = SimpleNamespace(model_type="x", **dict.fromkeys(names, 3))  # type: ignore[assignment]
+    if names:
+        assert decoder_layers(model) is model.layers
+        return
+    with pytest.raises(ConfigError, match="no list of its layers in this x model"):
+        decoder_layers(model)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_trained_numbers_are_those_of_the_method(method: str, tmp_path: Path) -> None:
     from trainer.methods.apply import apply_method, describe
@@ -116,7 +145,5 @@ def _bytes(weight: Any) -> int:
 
 
 def test_a_shape_without_its_sizes_is_a_named_error() -> None:
-    from server.errors import ConfigError
-
     with pytest.raises(ConfigError, match="intermediate_size"):
         shape_of({**QWEN2_7B, "intermediate_size": None})

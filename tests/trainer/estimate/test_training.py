@@ -75,13 +75,14 @@ def test_methods_and_stages_in_their_order(tmp_path: Path) -> None:
     adapter = needs_of(tmp_path, run, stage="dpo")
     assert adapter.others == 0 and adapter.adapter == 2 * 4 * adapter.num_trained
     ppo = needs_of(tmp_path, run, stage="ppo", finetuning_type="full", reward_model="r")
-    assert ppo.others == 2 * 4 * COUNT  # the reference and the reward model
+    assert ppo.others == 4 * COUNT + 4 * (COUNT + 896)  # the reference, and a reward model like it with a score
 
 
 def test_reading_another_format_holds_the_file_beside_the_weights(tmp_path: Path) -> None:
     folder = folder_of(QWEN2_HALF_B, tmp_path / "m")
     (folder / "model.safetensors").write_bytes(b"\0" * 1000)
     assert needs_of(tmp_path, Pass(1, 32)).loading == 1000 + round(1000 * HEAD / COUNT)  # and the largest tensor
+    assert needs_of(tmp_path, Pass(1, 32)).mapped == 1000
     assert needs_of(tmp_path, Pass(1, 32), bf16=True).loading == 0  # mapped, and used as it is
     assert needs_of(tmp_path, Pass(1, 32), GPU).loading == 0
 
