@@ -98,7 +98,8 @@ def _judge(rule: str, task: TaskComparison, comparison: Comparison, candidate: i
     row = task.main_row
     difference = row.differences[candidate - 1] if row else None
     if lost := task.num_lost[candidate]:
-        fault = f"{lost} items that the base answered brought an error; comparing again asks them again"
+        errors = ", ".join(f"{code} {count}" for code, count in task.notes[candidate].get("errors", {}).items())
+        fault = f"{lost} items that the base answered brought an error ({errors}); compare again, or without those rows"
     elif difference is None:
         return _no_evidence(rule, rules, f"{task.task} has fewer than {MIN_PAIRS} items that both answered")
     else:

@@ -58,7 +58,9 @@ def check_publishable(folder: Path, name: str, home: Home, base: str | None = No
     except NameRefused as error:
         raise ConfigError(str(error)) from None
     found = find_adapter(folder, home, base)
-    return found, make_card(found.config, found.base, found.base_name, found.record, home.hash_cache)
+    card = make_card(found.config, found.base, found.base_name, found.record, home.hash_cache)
+    Registry(home.adapters).check_base(name, folder_hash(found.folder), card)
+    return found, card
 
 
 def publish_proved(

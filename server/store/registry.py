@@ -104,7 +104,7 @@ class Registry:
         """
         with self._lock():
             entry = self.get(name, revision)
-            if entry.card.gate == REFUSED and not entry.is_current:
+            if entry.card.gate == REFUSED and not (entry.is_current and force is None):
                 if force is None:
                     raise NotProved(f"{entry.id} was refused when it was published: {entry.card.gate_reason}")
                 entry = self._rewrite(entry, gate=FORCED, gate_reason=f"{force}; {entry.card.gate_reason}")
@@ -192,17 +192,27 @@ class Registry:
             with contextlib.suppress(OSError):
                 (self.path / name).rmdir()  # an import that was refused leaves no empty name
 
+    def check_base(self, name: str, revision: str, card: AdapterCard) -> None:
+        """Raises RegistryError where the revision is there, belongs to another base than `card` says, and was used."""
+        if (self.path / _checked(name) / _checked_revision(revision)).is_dir():
+            self._belongs_elsewhere(self.get(name, revision), card)
+
     def _publish_again(self, entry: AdapterEntry, card: AdapterCard) -> None:
         """Under the lock: files that are there, with another card. A base named wrongly at first can be put right."""
+        if self._belongs_elsewhere(entry, card):
+            old = entry.card
+            write_card(entry.path, replace(card, name=old.name, revision=old.revision, created=old.created))
+
+    def _belongs_elsewhere(self, entry: AdapterEntry, card: AdapterCard) -> bool:
         old = entry.card
         if not any(a and b and a != b for a, b in zip(_belonging(old), _belonging(card), strict=True)):
-            return
-        if entry.is_current or old.gate in (PASSED, FORCED):
+            return False
+        if entry.is_current or old.gate in (PASSED, FORCED) or entry.revision in self._history(entry.name):
             raise RegistryError(
                 f"{entry.id} belongs to the base {old.base_model} with the tokenizer and template of then, and this is "
                 f"for {card.base_model}: publish it under another name"
             )
-        write_card(entry.path, replace(card, name=old.name, revision=old.revision, created=old.created))
+        return True
 
     def _rewrite(self, entry: AdapterEntry, **facts: Any) -> AdapterEntry:
         """Under the lock: other facts in the card."""

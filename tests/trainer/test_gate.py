@@ -113,7 +113,9 @@ def test_what_the_base_answered_and_the_candidate_did_not_is_a_refusal() -> None
     found = compared(base, with_errors("o", [-1.0] * 40, 30), **{"likelihood/h": "domain"})
     assert found.tasks[0].num_lost == (0, 30)
     decision = decide(found, 1, GateRules())
-    assert not decision.has_passed and "30 items that the base answered brought an error" in decision.reasons
+    assert (
+        not decision.has_passed and "30 items that the base answered brought an error (engine 30)" in decision.reasons
+    )
 
 
 def test_errors_of_the_base_are_no_gain() -> None:

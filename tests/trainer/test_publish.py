@@ -22,7 +22,7 @@ from trainer.errors import GateRefused
 from trainer.evaluate.fingerprint import fingerprint
 from trainer.evaluate.settings import EvalSettings
 from trainer.gate import GateRules
-from trainer.publish import Evidence, promote, publish, publish_proved, rollback
+from trainer.publish import Evidence, check_publishable, promote, publish, publish_proved, rollback
 from trainer.results.adapter_folder import named_folder
 
 BETTER, WORSE = [0.9] * 12, [0.1] * 12
@@ -165,8 +165,20 @@ def test_a_wrong_base_is_put_right_until_something_speaks_for_it(
     card = read_card(done.entry.path)
     assert (card.base_weights_hash, card.gate) == (weights_hash(model_folder), "passed")
     with pytest.raises(RegistryError, match=r"belongs to the base .* publish it under another name"):
-        publish_proved(adapter_folder, "x", home, GateRules(), None, base=str(other), force="no")
+        check_publishable(adapter_folder, "x", home, base=str(other))  # before anything is measured
     assert read_card(done.entry.path) == card
+
+
+def test_a_current_revision_that_a_new_report_refuses_is_forced_with_a_reason(
+    model_folder: Path, adapter_folder: Path, home: Home
+) -> None:
+    better, worse = (evidence(model_folder, adapter_folder, scores) for scores in (BETTER, WORSE))
+    publish_proved(adapter_folder, "x", home, GateRules(), better, base=str(model_folder))
+    with pytest.raises(GateRefused):
+        publish_proved(adapter_folder, "x", home, GateRules(), worse, base=str(model_folder))
+    publish_proved(adapter_folder, "x", home, GateRules(), None, base=str(model_folder), force="it stays")
+    card = Registry(home.adapters).get("x").card
+    assert card.gate == "forced" and card.gate_reason.startswith("it stays; domain")
 
 
 def test_promote_asks_the_card_and_rollback_goes_back(

@@ -27,7 +27,7 @@ from trainer.compare.folder import Evaluation
 from trainer.compare.metrics import metric_of
 from trainer.compare.pairing import Pair, Pairing, finite, pair_items, score_of, values_of
 from trainer.evaluate.bootstrap import NUM_RESAMPLES, PairedInterval, paired_interval, paired_statistic_interval
-from trainer.evaluate.results import Interval, ItemScore, TaskResult
+from trainer.evaluate.results import NOT_THE_CANDIDATES, Interval, ItemScore, TaskResult
 from trainer.evaluate.scores.likelihood import perplexities
 
 PASS_KINDS = ("identity", "safety")
@@ -109,7 +109,7 @@ def _task(
         subjects=_subjects(task, results),
         passes=_passes(task, evaluations) if kind_of(task.task) in PASS_KINDS else (),
         notes=tuple({} if one is None else dict(one.notes) for one in results),
-        num_lost=tuple(len(scored[0] - one) for one in scored),
+        num_lost=tuple(len(scored[0] - own - _undecided(one)) for one, own in zip(evaluations, scored, strict=True)),
     )
 
 
@@ -129,6 +129,11 @@ def _scored(task: TaskResult, evaluation: Evaluation) -> set[str]:
     """Ids of the items that have the task's main metric."""
     own = (item for item in evaluation.items if item.task == task.task)
     return {item.item_id for item in own if score_of(item, task.main_metric) is not None}
+
+
+def _undecided(evaluation: Evaluation) -> set[str]:
+    """Ids of items whose error says nothing of the candidate."""
+    return {item.item_id for item in evaluation.items if item.error_code in NOT_THE_CANDIDATES}
 
 
 def _row(

@@ -14,7 +14,7 @@ def finite(value: float | None) -> float | None:
 
 def score_of(item: ItemScore, metric: str) -> float | None:
     """None where the candidate was never heard: then the item tells nothing of it, whatever its score says."""
-    return None if "error" in item.details else finite(item.scores.get(metric))
+    return None if item.error_code else finite(item.scores.get(metric))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ An estimate is not a promise, so only a clear miss is refused: 85 % of the estim
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from server.store.home import Home
@@ -106,16 +107,28 @@ def _room() -> Room:
 
     machine = find_machine()
     if not machine.num_gpus or not torch.cuda.is_available():
-        return this_machine(Machine())
+        known = this_machine(Machine())
+        return replace(known, device=_least(known.device), host=_least(known.host))
     known = this_machine(machine)
-    world = _world(torch.cuda.device_count())
-    return Room(world, torch.cuda.mem_get_info()[0], known.host, known.name, _machines())
+    free = _least(torch.cuda.mem_get_info()[0])
+    return Room(_world(torch.cuda.device_count()), free, _least(known.host), known.name, _machines())
 
 
 def _world(devices: int) -> int:
     import torch.distributed as group
 
     return group.get_world_size() if group.is_available() and group.is_initialized() else devices
+
+
+def _least(free: int) -> int:
+    """Of all ranks: they refuse together or not at all, or the others would wait for the one that did."""
+    import torch.distributed as group
+
+    if not (group.is_available() and group.is_initialized()):
+        return free
+    found: list[int] = [free] * group.get_world_size()
+    group.all_gather_object(found, free)
+    return min(found)
 
 
 def _machines() -> int:

@@ -6,6 +6,10 @@ Knows neither how items are asked nor how they are scored.
 from dataclasses import dataclass, field
 from typing import Any
 
+# Errors that come again however often an item is asked, or are not the candidate's: such an item is done with.
+LASTING = frozenset(("context_length_exceeded", "no-tokens", "not-a-number", "gold-timeout", "gold-crash"))
+NOT_THE_CANDIDATES = frozenset(("gold-timeout", "gold-crash"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ItemScore:
@@ -19,6 +23,11 @@ class ItemScore:
     answer: str = ""
     reference: str = ""
     details: dict[str, Any] = field(default_factory=dict)  # finish_reason, letter logprobs, num_tokens, error …
+
+    @property
+    def error_code(self) -> str:
+        """Why it could not be asked or scored; "" where it was."""
+        return str(self.details["error"]).partition(":")[0][:60] if "error" in self.details else ""
 
 
 @dataclass(frozen=True, kw_only=True)

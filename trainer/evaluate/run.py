@@ -16,13 +16,14 @@ import server
 from trainer.evaluate.candidate import Candidate, CandidateLost
 from trainer.evaluate.eval_folder import EvalFolder
 from trainer.evaluate.items import Item
-from trainer.evaluate.results import EvalResult, ItemScore, TaskResult
+from trainer.evaluate.results import LASTING, EvalResult, ItemScore, TaskResult
 from trainer.evaluate.settings import EvalSettings
 from trainer.evaluate.tasks.task import Task
 
 Done = Mapping[tuple[str, str], ItemScore]
 GO_ON = "run the same command again to go on"
 MIN_FAILED = 3  # of items, to say that it is not theirs
+RULES = 2  # raised when prompts or scores change: figures by other rules are another evaluation's
 _IDENTITY = ("name", "model", "adapter", "fingerprint", "sampling")
 _LIBRARIES = ("torch", "transformers", "peft", "vllm", "tokenizers")
 
@@ -44,7 +45,7 @@ async def evaluate(
     """
     with EvalFolder(folder) as kept:
         before = kept.begin(record_of(candidate, tasks, settings), again=again)
-        done = answered(before)
+        done = done_with(before)
         pending = {task.name: [i for i in task.items if (task.name, i.item_id) not in done] for task in tasks}
         if any(pending.values()):
             kept.reopen()
@@ -64,7 +65,7 @@ async def evaluate(
                     await task.ask(candidate, pending[task.name], emit)
                 except CandidateLost as error:
                     raise CandidateLost(
-                        f"{error}. {len(answered(done))} of {total} items are kept in {folder}; {GO_ON}"
+                        f"{error}. {len(done_with(done))} of {total} items are kept in {folder}; {GO_ON}"
                     ) from None
                 _check_answered(candidate, task, pending[task.name], before, done)
         result = _result(candidate, tasks, done, settings, meter.figures())
@@ -72,22 +73,24 @@ async def evaluate(
         return result
 
 
-def answered(scores: Done) -> dict[tuple[str, str], ItemScore]:
-    """Without those that could not be asked."""
-    return {key: score for key, score in scores.items() if "error" not in score.details}
+def done_with(scores: Done) -> dict[tuple[str, str], ItemScore]:
+    """Without those that failed for a reason that may pass."""
+    return {key: one for key, one in scores.items() if not one.error_code or one.error_code in LASTING}
 
 
 def _check_answered(candidate: Candidate, task: Task[Any], asked: Sequence[Item], before: Done, done: Done) -> None:
-    """Raises CandidateLost when nothing of what was asked now was answered: that is no figure of the candidate.
+    """Raises CandidateLost when a URL answered nothing of what was asked now: that is no figure of the candidate. An
+    engine of our own that answers nothing is: its model is broken, and a report has to say so.
 
     Items that failed `before` may do so again, beside others that were answered."""
+    if candidate.info.kind != "url":
+        return
     keys = [(task.name, item.item_id) for item in asked]
     failed = [key for key in keys if "error" in done[key].details]
     known = before if len(keys) < len(task.items) else {}
     if len(failed) < len(keys) or sum(key not in known for key in failed) < MIN_FAILED:
         return
-    may_lack_template = candidate.info.kind == "url" and task.settings.style == "auto"
-    hint = "; for a model without a chat template try --plain" if may_lack_template else ""
+    hint = "; for a model without a chat template try --plain" if task.settings.style == "auto" else ""
     raise CandidateLost(
         f"{candidate.info.name}: {task.name}: none of {len(keys)} items was answered "
         f"({done[failed[0]].details['error']}){hint}; the same command asks them again"
@@ -98,6 +101,7 @@ def record_of(candidate: Candidate, tasks: Sequence[Task[Any]], settings: EvalSe
     """All that decides the figures, and by which an unfinished evaluation is known again."""
     info = candidate.info
     return {
+        "rules": RULES,
         "candidate": {field: getattr(info, field) for field in _IDENTITY},
         "settings": settings.as_dict(),
         "tasks": {task.name: {"items": len(task.items), "digest": task.digest} for task in tasks},

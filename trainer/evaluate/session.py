@@ -14,7 +14,7 @@ from server.store.home import Home
 from trainer.evaluate.candidate import Candidate
 from trainer.evaluate.eval_folder import RESULT, differences_of, read_result
 from trainer.evaluate.open_candidate import CandidateOptions, open_candidate
-from trainer.evaluate.results import EvalResult
+from trainer.evaluate.results import LASTING, EvalResult, TaskResult
 from trainer.evaluate.run import GO_ON, evaluate, record_of
 from trainer.evaluate.settings import EvalSettings
 from trainer.evaluate.tasks.task import Task
@@ -55,7 +55,7 @@ def evaluate_name(
             finished = _finished(folder, record_of(candidate, tasks, settings))
             anew = again or (finished is not None and not candidate.info.fingerprint)
             if finished is not None and not anew:
-                num_failed = sum(task.notes.get("num_errors", 0) for task in finished.tasks)
+                num_failed = sum(_num_failed(task) for task in finished.tasks)
                 if not num_failed:
                     return Evaluated(finished, folder, True)
                 print(f"{num_failed} not answered on {finished.date}; asking again", file=sys.stderr)
@@ -67,6 +67,11 @@ def evaluate_name(
     except KeyboardInterrupt:
         print(f"what was answered is kept; {GO_ON}", file=sys.stderr)
         raise
+
+
+def _num_failed(task: TaskResult) -> int:
+    """Items that may be answered if they are asked again."""
+    return sum(count for code, count in task.notes.get("errors", {}).items() if code not in LASTING)
 
 
 def _finished(folder: Path, record: Mapping[str, Any]) -> EvalResult | None:

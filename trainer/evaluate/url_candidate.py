@@ -34,6 +34,7 @@ NO_LOGPROBS = (
 # Some servers must write a token, and then show at least one likely one; neither counts.
 ECHOES = ({"max_tokens": 0, "logprobs": 0}, {"max_tokens": 1, "logprobs": 1})
 PROBE = "1, 2, 3, 4"  # several tokens, whatever the tokenizer
+Place = tuple[int, float | None]  # where a token begins, and its log-probability
 
 
 class UrlCandidate(Candidate):
@@ -121,33 +122,35 @@ class UrlCandidate(Candidate):
             return [await self._sum(ids, start) for ids, _ in known]
         if not prompt.is_plain:
             raise self._lost("no token ids")
-        return [await self._sum(prompt.text + each, len(prompt.text)) for each in continuations]
+        found = [await self._places(prompt.text + each) for each in continuations]
+        start = min(_token_at(places, len(prompt.text)) for places in found)
+        return [_total(places, start) for places in found]
 
-    async def _sum(self, text: list[int] | str, start: int) -> float:
-        """Log-probability of what begins at token, or in a text at character, `start`."""
+    async def _sum(self, ids: list[int], start: int) -> float:
+        """Log-probability of what begins at token `start`."""
+        return _total(await self._places(ids), start)
+
+    async def _places(self, text: list[int] | str) -> list[Place]:
+        """Of every token of `text`."""
         probe: list[int] | str = PROBE if isinstance(text, str) else text[:2]
         faults = []
         for number, echo in enumerate(ECHOES):
             way = f"echo {number}, {'text' if isinstance(text, str) else 'ids'}"
-            fault = await self._fault(way, lambda echo=echo: self._echoed(probe, 1, echo))  # type: ignore[misc]
+            fault = await self._fault(way, lambda echo=echo: self._probed(probe, echo))  # type: ignore[misc]
             if not fault:
-                return await self._echoed(text, start, echo)
+                return await self._echoed(text, echo)
             faults.append(fault)
         raise self._lost(faults[0])
 
-    async def _echoed(self, text: list[int] | str, start: int, echo: Mapping[str, int]) -> float:
+    async def _probed(self, probe: list[int] | str, echo: Mapping[str, int]) -> float:
+        return _total(await self._echoed(probe, echo), 1)
+
+    async def _echoed(self, text: list[int] | str, echo: Mapping[str, int]) -> list[Place]:
         found = await self._client.post("/completions", self._body(prompt=text, echo=True, **echo))
         shape = _mapping(_choice(_object(found)).get("logprobs"))
-        values, offsets = shape.get("token_logprobs") or [], shape.get("text_offset") or []
-        if isinstance(text, str):
-            # A token may hold the end of the one and the beginning of the other; the first of all has no value.
-            start = max((at for at in offsets[1:] if at <= start), default=start)
-            values = [value for value, at in zip(values, offsets, strict=False) if start <= at < len(text)]
-        else:
-            values = values[start : len(text)]
-        if not values or None in values:
-            raise ItemFailed("logprobs: the reply holds none of the prompt's tokens")
-        return float(sum(values))
+        values = shape.get("token_logprobs") or []
+        places = shape.get("text_offset") or [] if isinstance(text, str) else range(len(values))
+        return [(at, value) for at, value in zip(places, values, strict=False) if at < len(text)]
 
     async def _ask(self, prompt: Prompt, body: dict[str, Any]) -> dict[str, Any]:
         if prompt.is_plain:
@@ -208,6 +211,19 @@ async def _fingerprint(client: UrlClient, model: str) -> str:
         return str(_object(await client.post("/chat/completions", body)).get("system_fingerprint") or "")
     except ItemFailed:
         return ""
+
+
+def _token_at(places: Sequence[Place], start: int) -> int:
+    """Where the token begins that holds what stands at `start`: it may hold the end of what is before, too. The first
+    of all has no value."""
+    return max((at for at, _ in places[1:] if at <= start), default=start)
+
+
+def _total(places: Sequence[Place], start: int) -> float:
+    values = [value for at, value in places if at >= start]
+    if not values or None in values:
+        raise ItemFailed("logprobs: the reply holds none of the prompt's tokens")
+    return float(sum(value for value in values if value is not None))
 
 
 def _object(found: Any) -> dict[str, Any]:

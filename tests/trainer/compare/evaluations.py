@@ -6,6 +6,7 @@ from typing import Any
 from trainer.compare.folder import Evaluation
 from trainer.evaluate.bootstrap import interval
 from trainer.evaluate.results import CandidateInfo, EvalResult, ItemScore, SubjectScore, TaskResult
+from trainer.evaluate.tasks.task import error_notes
 
 SETTINGS = {"shots": 0, "seed": 0}
 
@@ -60,6 +61,7 @@ def _result(task: str, items: Sequence[ItemScore]) -> TaskResult:
         num_scored=len(items),
         num_examples=0,
         refused={},
+        notes=error_notes(items),
     )
 
 

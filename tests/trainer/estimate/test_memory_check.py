@@ -67,6 +67,19 @@ def test_a_rank_asks_its_own_gpu_only(four_gpus: list[tuple[Any, ...]], half: Pa
     assert four_gpus == [()]
 
 
+def test_ranks_refuse_together(four_gpus: list[tuple[Any, ...]], half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody holds the GPU of the second rank; the first would else load its weights and wait for it."""
+
+    def gather(found: list[int], mine: int) -> None:
+        found[:] = [mine, 1]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(DoesNotFit):
+        check_fits(FULL, half, LENGTHS)
+
+
 def test_main_memory_is_that_of_one_machine(
     four_gpus: list[tuple[Any, ...]], half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +87,7 @@ def test_main_memory_is_that_of_one_machine(
     offload = config_of(finetuning_type="full", deepspeed="zero3_offload")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda found, mine: None)
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     check_fits(offload, half, LENGTHS)

@@ -17,7 +17,7 @@ from trainer.evaluate.candidate import Answer, AnswerLimits, CandidateLost, Item
 from trainer.evaluate.eval_folder import EvalFolder, read_result, read_scores
 from trainer.evaluate.open_candidate import CandidateOptions
 from trainer.evaluate.run import evaluate
-from trainer.evaluate.session import Evaluated, evaluate_name
+from trainer.evaluate.session import Evaluated, evaluate_name, evaluation_id
 from trainer.evaluate.settings import EvalSettings
 from trainer.evaluate.table import table
 from trainer.evaluate.tasks.choice import ChoiceTask
@@ -160,22 +160,48 @@ class Url(Dying):
         self.info = replace(self.info, kind="url", fingerprint="")
 
 
+def as_url(candidate: Dying) -> Dying:
+    candidate.info = replace(candidate.info, kind="url")
+    return candidate
+
+
 async def test_nothing_answered_is_no_result(tmp_path: Path) -> None:
     says = r"scripted: bbh/bench: none of 10 items was answered \(http-400: not this one\)"
     for _ in range(2):
         with pytest.raises(CandidateLost, match=rf"{says}; for a model without a chat template try --plain"):
             await run(Url(), tmp_path / "url")
     assert not (tmp_path / "url" / "result.json").exists()
-    with pytest.raises(CandidateLost, match=rf"{says}; the same command asks them again"):
-        await run(Dying(99, fails=lambda shown: True), tmp_path / "engine")
-    assert (await run(Dying(99), tmp_path / "engine")).tasks[0].metrics["exact_match"].mean == 0.5  # type: ignore[attr-defined]
+    assert (await run(Url(lambda shown: False), tmp_path / "url")).tasks[0].metrics["exact_match"].mean == 0.5  # type: ignore[attr-defined]
+
+
+async def test_an_engine_that_answers_nothing_has_a_broken_model_and_a_result(tmp_path: Path) -> None:
+    result = await run(Dying(99, fails=lambda shown: True), tmp_path)
+    assert result.tasks[0].notes["num_errors"] == 10  # type: ignore[attr-defined]
 
 
 async def test_nothing_answered_since_a_stop_is_no_result_either(tmp_path: Path) -> None:
     with pytest.raises(CandidateLost):
-        await run(Dying(4), tmp_path)
+        await run(as_url(Dying(4)), tmp_path)
     with pytest.raises(CandidateLost, match="none of 6 items was answered"):
-        await run(Dying(99, fails=lambda shown: True), tmp_path)
+        await run(as_url(Dying(99, fails=lambda shown: True)), tmp_path)
+
+
+async def test_what_fails_for_good_is_not_asked_again(tmp_path: Path) -> None:
+    candidate = Scripted()
+    settings = EvalSettings()
+    task = LikelihoodTask("likelihood/h", [text("a", "yes"), text("b", "refused")], settings)
+    for _ in range(2):
+        result = await evaluate(candidate, [task], tmp_path, settings, shows_progress=False)
+        assert result.tasks[0].notes["errors"] == {"context_length_exceeded": 1}
+    assert len(candidate.prompts) == 2
+
+
+def test_figures_by_other_rules_are_another_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = set()
+    for rules in (1, 2):
+        monkeypatch.setattr("trainer.evaluate.run.RULES", rules)
+        ids.add(evaluation_id(Scripted(), tasks(), SETTINGS))
+    assert len(ids) == 2
 
 
 async def test_items_that_fail_again_beside_answered_ones_are_a_result(tmp_path: Path) -> None:

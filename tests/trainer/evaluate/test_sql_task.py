@@ -95,7 +95,7 @@ def test_only_drawn_items_have_their_queries_run(database: Path, monkeypatch: py
 
 
 async def test_a_right_query_that_does_not_end_decides_nothing(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine: the same items are asked, and such a one is an error, which the same command asks again."""
+    """On a busy machine: the same items are asked, and such a one is an error and has no score."""
     items = [item("slow?", database, SLOW), item("right?", database)]
     run_counted(monkeypatch, limit_s=0.2)
     task = SqlTask("sql/pets", items, EvalSettings())
@@ -104,7 +104,7 @@ async def test_a_right_query_that_does_not_end_decides_nothing(database: Path, m
     await task.ask(Scripted(say=lambda shown: ANSWERS["right?"]), task.items, scores.append)
     found = {score.item_id: score for score in scores}
     assert found["slow?"].details == {"error": "gold-timeout: the right query did not end"}
-    assert found["slow?"].scores == {"execution_accuracy": 0.0} and found["right?"].details["outcome"] == "same"
+    assert found["slow?"].scores == {} and found["right?"].details["outcome"] == "same"
 
 
 async def test_plain_text_begins_the_query(database: Path) -> None:

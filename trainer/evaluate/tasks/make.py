@@ -53,7 +53,9 @@ def check_together(tasks: Sequence[Task[Any]], settings: EvalSettings) -> None:
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"two tasks are called {name}: put their files into one folder, or evaluate them apart")
+            raise ConfigError(
+                f"two tasks are called {name}: give it once, put their files into one folder, or evaluate them apart"
+            )
     kinds = {task.kind for task in tasks}
     if settings.shots and not kinds & {"choice", "bbh"}:
         raise ConfigError("--shots: only tasks of the kinds choice and bbh show examples, and there is none")

@@ -84,7 +84,8 @@ class SqlTask(Task[SqlItem]):
         score, outcome = (0.0, "") if answer.error else sql_score(item, text)
         error = answer.error or (f"{outcome}: the right query did not end" if outcome in UNDECIDED else "")
         if error:
-            return failed(self.name, item, item.question, error, {self.main_metric: 0.0}, item.queries[0])
+            zero = {} if outcome in UNDECIDED else {self.main_metric: 0.0}
+            return failed(self.name, item, item.question, error, zero, item.queries[0])
         return ItemScore(
             item_id=item.item_id,
             task=self.name,

@@ -172,5 +172,5 @@ def answer_notes(scores: Sequence[ItemScore]) -> dict[str, Any]:
 
 
 def error_notes(scores: Sequence[ItemScore]) -> dict[str, Any]:
-    errors = Counter(str(score.details["error"]).partition(":")[0][:60] for score in scores if "error" in score.details)
+    errors = Counter(score.error_code for score in scores if score.error_code)
     return {"num_errors": errors.total(), "errors": dict(errors)} if errors else {}
