@@ -104,9 +104,8 @@ def _judge(rule: str, task: TaskComparison, comparison: Comparison, candidate: i
         return _no_evidence(rule, rules, f"{task.task} has fewer than {MIN_PAIRS} items that both answered")
     else:
         fault = _domain_fault(task, difference) if rule == "domain" else _general_fault(task, difference, rules)
-    numbers = [_numbers(task, difference)] if difference else []
-    detail = ": ".join(numbers + [fault] * bool(fault))
-    return RuleResult(rule=rule, task=task.task, has_passed=not fault, detail=detail)
+    numbers = _numbers(task, difference) if difference else ""
+    return RuleResult(rule=rule, task=task.task, has_passed=not fault, detail=": ".join(filter(None, (numbers, fault))))
 
 
 def _numbers(task: TaskComparison, found: Difference) -> str:

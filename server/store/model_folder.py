@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ def read_model_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         raise ConfigError(f"{file}: has no model_type, so this is not a transformers model")
     return config
+
+
+def saved_format(config: Mapping[str, Any]) -> str:
+    """The number format of the weights that a config.json names, by torch's name; float32 where it names none."""
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
 def check_model_folder(path: Path) -> None:

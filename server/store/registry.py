@@ -104,10 +104,10 @@ class Registry:
         """
         with self._lock():
             entry = self.get(name, revision)
-            if entry.card.gate == REFUSED and not (entry.is_current and force is None):
-                if force is None:
-                    raise NotProved(f"{entry.id} was refused when it was published: {entry.card.gate_reason}")
+            if entry.card.gate == REFUSED and force is not None:
                 entry = self._rewrite(entry, gate=FORCED, gate_reason=f"{force}; {entry.card.gate_reason}")
+            elif entry.card.gate == REFUSED and not entry.is_current:
+                raise NotProved(f"{entry.id} was refused when it was published: {entry.card.gate_reason}")
             self._point(entry.name, entry.revision, self._history(entry.name))
         return replace(entry, is_current=True)
 

@@ -139,11 +139,10 @@ def _model_of(words: list[str]) -> str:
 
 def _saved_format(base: Any, room: "Room") -> str:
     """The dtype that config.json names; a server on a CPU computes fp16 weights in fp32."""
-    from server.store.model_folder import read_model_config
+    from server.store.model_folder import read_model_config, saved_format
+    from trainer.estimate.weights import SHORT_NAMES
 
-    config = read_model_config(base)
-    saved = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    number = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(saved, "fp32")
+    number = SHORT_NAMES.get(saved_format(read_model_config(base)), "fp32")
     return "fp32" if room.on_cpu and number == "fp16" else number
 
 

@@ -109,7 +109,9 @@ def _task(
         subjects=_subjects(task, results),
         passes=_passes(task, evaluations) if kind_of(task.task) in PASS_KINDS else (),
         notes=tuple({} if one is None else dict(one.notes) for one in results),
-        num_lost=tuple(len(scored[0] - own - _undecided(one)) for one, own in zip(evaluations, scored, strict=True)),
+        num_lost=tuple(
+            len(scored[0] - own - _undecided(task, one)) for one, own in zip(evaluations, scored, strict=True)
+        ),
     )
 
 
@@ -127,13 +129,12 @@ def _result_of(evaluation: Evaluation, task: str) -> TaskResult | None:
 
 def _scored(task: TaskResult, evaluation: Evaluation) -> set[str]:
     """Ids of the items that have the task's main metric."""
-    own = (item for item in evaluation.items if item.task == task.task)
-    return {item.item_id for item in own if score_of(item, task.main_metric) is not None}
+    return {item.item_id for item in evaluation.of_task(task.task) if score_of(item, task.main_metric) is not None}
 
 
-def _undecided(evaluation: Evaluation) -> set[str]:
+def _undecided(task: TaskResult, evaluation: Evaluation) -> set[str]:
     """Ids of items whose error says nothing of the candidate."""
-    return {item.item_id for item in evaluation.items if item.error_code in NOT_THE_CANDIDATES}
+    return {item.item_id for item in evaluation.of_task(task.task) if item.error_code in NOT_THE_CANDIDATES}
 
 
 def _row(
@@ -176,7 +177,7 @@ def _perplexity(pairs: Sequence[Pair], seed: int) -> PairedInterval:
 def _nats(item: ItemScore) -> tuple[float, int] | None:
     """Sum of log-probabilities and number of tokens; None where the item failed, or is impossible for the candidate."""
     total = finite(item.details.get("total"))
-    return None if total is None or "error" in item.details else (total, int(item.details["num_tokens"]))
+    return None if total is None or item.error_code else (total, int(item.details["num_tokens"]))
 
 
 def _value(found: Interval | None) -> Interval | None:
@@ -208,7 +209,7 @@ def _subjects(task: TaskResult, results: Sequence[TaskResult | None]) -> tuple[S
 def _passes(task: TaskResult, evaluations: Sequence[Evaluation]) -> tuple[Passes, ...]:
     found = []
     for one in evaluations:
-        items = [item for item in one.items if item.task == task.task]
+        items = one.of_task(task.task)
         failed = [item.item_id for item in items if not _is_passed(item, task.main_metric)]
         found.append(
             Passes(num_passed=len(items) - len(failed), num_items=len(items), failed=tuple(failed[:MAX_FAILED]))
@@ -227,5 +228,5 @@ def _answers(
     """Of the first candidate after the base."""
     if not pairings:
         return []
-    items = [{item.item_id: item for item in one.items if item.task == task.task} for one in evaluations]
+    items = [{item.item_id: item for item in one.of_task(task.task)} for one in evaluations]
     return choose_answers(pairings[0].of_task(task.task), task.main_metric, items, count=count, seed=seed)

@@ -20,6 +20,9 @@ class Evaluation:
     def name(self) -> str:
         return self.result.candidate.name
 
+    def of_task(self, task: str) -> list[ItemScore]:
+        return [item for item in self.items if item.task == task]
+
 
 def read_evaluation(folder: Path) -> Evaluation:
     """Raises ConfigError when the folder holds no finished evaluation."""

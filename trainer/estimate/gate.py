@@ -99,6 +99,11 @@ def _device(room: Room) -> Device:
 
 
 def _room() -> Room:
+    own = _own_room()
+    return replace(own, device=_least(own.device), host=_least(own.host))
+
+
+def _own_room() -> Room:
     """This rank's own GPU; to ask for another would make a CUDA context on it, beside the rank that trains there."""
     import torch
 
@@ -107,11 +112,10 @@ def _room() -> Room:
 
     machine = find_machine()
     if not machine.num_gpus or not torch.cuda.is_available():
-        known = this_machine(Machine())
-        return replace(known, device=_least(known.device), host=_least(known.host))
+        return this_machine(Machine())
     known = this_machine(machine)
-    free = _least(torch.cuda.mem_get_info()[0])
-    return Room(_world(torch.cuda.device_count()), free, _least(known.host), known.name, _machines())
+    world = _world(torch.cuda.device_count())
+    return Room(world, torch.cuda.mem_get_info()[0], known.host, known.name, _machines())
 
 
 def _world(devices: int) -> int:

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from server.store.model_folder import saved_format
 from trainer.config import TrainConfig
 from trainer.estimate import reserve
 from trainer.estimate.activations import (
@@ -246,5 +247,4 @@ def _saved_format(folder: Path) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
-    saved = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return SHORT_NAMES.get(saved, "")
+    return SHORT_NAMES.get(saved_format(config), "")

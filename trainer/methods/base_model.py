@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 from server.errors import ConfigError
-from server.store.model_folder import read_model_config
+from server.store.model_folder import read_model_config, saved_format
 from trainer.errors import DoesNotFit, does_not_fit, first_line, is_memory_fault
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
@@ -95,9 +95,7 @@ def bits_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def saved_dtype(folder: Path) -> torch.dtype:
     """The dtype that the folder's config.json names; float32 where it names none."""
-    config = read_model_config(folder)
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    return DTYPES.get(name, torch.float32)
+    return DTYPES.get(saved_format(read_model_config(folder)), torch.float32)
 
 
 def _keep_trainable_after_inference(model: Any) -> None:
