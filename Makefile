@@ -34,7 +34,9 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /|/' | awk -F '|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
 # vLLM needs an older numpy than the rest, so it has an environment of its own, with everything that serving needs.
-ifeq ($(QLOOP_ENGINE),vllm)
+# Where it was installed on a machine with a GPU it serves, unless another engine is named.
+VLLM_IS_DEFAULT := $(if $(HAS_GPU),$(if $(filter-out auto,$(QLOOP_ENGINE)),,$(wildcard $(VLLM_VENV)/.serve-*)))
+ifneq ($(filter vllm,$(QLOOP_ENGINE))$(VLLM_IS_DEFAULT),)
 SERVE_WITH := $(VLLM_VENV)/bin/python
 serve: $(VLLM_STAMP)
 else

@@ -140,12 +140,16 @@ class Settings(BaseModel):
     kv_cache_gib: float = Field(
         2.0, gt=0, description="Memory for keys and values in GiB (hf; vllm where it runs on CPUs)."
     )
-    max_num_seqs: int = Field(128, ge=1, description="Most sequences that run at once.")
+    max_num_seqs: int | None = Field(
+        None, ge=1, description="Most sequences that run at once. Unset: 128, or what vLLM finds right for the device."
+    )
     max_adapters: int = Field(
         8, ge=1, description="Most adapters with weights in memory at once; those longest unused make room."
     )
     max_adapter_rank: int | None = Field(
-        None, ge=1, description="Largest rank of an adapter. Unset: any the engine can."
+        None,
+        ge=1,
+        description="Largest rank of an adapter. Unset: any; vllm: the largest published one, 16 without any.",
     )
     adapter_roots: Annotated[tuple[Path, ...], BeforeValidator(_split)] = Field(
         (), description="Folders, comma-separated, from which the API may import adapters by path. Unset: none."

@@ -15,7 +15,7 @@ from server.engine.messages import AdapterInfo
 from server.errors import Conflict, InvalidRequest, ModelNotFound, QloopError
 from server.store.adapter_import import PathRefused, import_adapter
 from server.store.names import ModelId, NameRefused, parse_model_id
-from server.store.registry import AdapterEntry, NotProved, RegistryError, UnknownAdapter
+from server.store.registry import AdapterEntry, Moved, NotProved, RegistryError, UnknownAdapter
 
 PINNED, STATE = "pinned", "state"
 
@@ -94,11 +94,12 @@ class AdapterAdmin:
     async def _engine_facts(self) -> dict[str, Any]:
         """What an adapter must fit: `python -m trainer verify` compares it before and after training."""
         model, text = self._serving.model, self._serving.text
+        ranks = (self._serving.settings.max_adapter_rank, model.max_adapter_rank)
         return {
             "backend": model.backend,
             "dtype": model.dtype,
             "model": model.name,
-            "max_adapter_rank": self._serving.settings.max_adapter_rank,
+            "max_adapter_rank": min((rank for rank in ranks if rank), default=None),
             "weights_hash": model.weights_hash,
             "stop_token_ids": model.stop_token_ids,
             **asdict(await asyncio.to_thread(lambda: text.identity)),
@@ -147,6 +148,8 @@ def _as_api_errors(param: str) -> Any:
     except NotProved as error:
         cure = "Publish it with a report that passes, or promote it with a reason in 'force'."
         raise Conflict(f"{error}. {cure}", param="force", code="not_proved") from None
+    except Moved as error:
+        raise Conflict(f"{error}.", param=param, code="adapter_moved") from None
     except PathRefused as error:
         raise InvalidRequest(f"{error}.", param=param, code="path_not_allowed") from None
     except RegistryError as error:

@@ -10,13 +10,19 @@ from server.api.adapter_admin import AdapterAdmin, model_id_of
 from server.api.operator import operator_body
 from server.api.protocol import LoadLoraRequest, UnloadLoraRequest
 from server.errors import InvalidRequest
-from server.store.names import ModelId
 
 
 async def load_lora_adapter(request: Request) -> PlainTextResponse:
     """`lora_path` is imported as a new revision of `lora_name`, which then means it."""
     serving, body = await operator_body(request, LoadLoraRequest)
-    name = model_id_of(body.lora_name, "lora_name").name
+    model_id = model_id_of(body.lora_name, "lora_name")
+    name = model_id.name
+    if model_id.revision is not None:
+        raise InvalidRequest(
+            "The revision follows from the content of 'lora_path': give the name alone.",
+            param="lora_name",
+            code="invalid_value",
+        )
     if body.is_3d_lora_weight:
         raise InvalidRequest(
             "Adapters of fused experts are not supported.", param="is_3d_lora_weight", code="unsupported_parameter"
@@ -33,8 +39,11 @@ async def load_lora_adapter(request: Request) -> PlainTextResponse:
 
 
 async def unload_lora_adapter(request: Request) -> PlainTextResponse:
-    """Returns when its last request is done. `lora_int_id` is accepted and, as in vLLM, has no effect."""
+    """Returns when its last request is done. `name` is all its revisions, `name@revision` one.
+
+    `lora_int_id` is accepted and, as in vLLM, has no effect.
+    """
     serving, body = await operator_body(request, UnloadLoraRequest)
-    name = model_id_of(body.lora_name, "lora_name").name
-    await AdapterAdmin(serving).unload(ModelId(name))
-    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+    model_id = model_id_of(body.lora_name, "lora_name")
+    await AdapterAdmin(serving).unload(model_id)
+    return PlainTextResponse(f"Success: LoRA adapter '{model_id}' removed successfully.")

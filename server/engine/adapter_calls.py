@@ -7,11 +7,11 @@ hear of it when is the socket side's.
 import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from server.engine.adapter_desk import AdapterBusy, AdapterDesk, NoRoom
+from server.engine.adapter_desk import AdapterBusy, AdapterDesk, NoRoom, NotYet
 from server.engine.backends.base import AdapterError
 from server.engine.messages import (
     AdapterInfo,
@@ -38,14 +38,14 @@ class _Load:
     connection: Connection
     call: LoadAdapter
     since: float = field(default_factory=time.monotonic)
+    for_slot: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Unload:
     connection: Connection
     call_id: str
     hidden: list[AdapterInfo]
-    rest: list[AdapterInfo]  # weights that still have to go
 
 
 class AdapterCalls:
@@ -72,7 +72,7 @@ class AdapterCalls:
     @property
     def num_waiting(self) -> int:
         """Loads that wait for a slot."""
-        return len(self._loads)
+        return sum(load.for_slot for load in self._loads)
 
     # --- messages ---
 
@@ -85,7 +85,7 @@ class AdapterCalls:
         except UnknownAdapter as error:
             self._send(connection, AdapterReply(call.call_id, "model_not_found", f"{error}."))
             return
-        self._start_unload(connection, call.call_id, hidden)
+        self._unloads.append(_Unload(connection, call.call_id, hidden))
         if call.cancel:
             for adapter in hidden:
                 self._cancel(adapter.id)
@@ -99,8 +99,7 @@ class AdapterCalls:
     def registry_changed(self, names: Sequence[str]) -> None:
         """`names` are all that are published."""
         self._names = names
-        for adapter in self._desk.removed():
-            self._start_unload(NOBODY, "", [adapter])
+        self._desk.removed()
         for name in self._desk.due(names):
             if not any(load.connection is NOBODY and load.call.name == name for load in self._loads):
                 self._try_load(_Load(NOBODY, LoadAdapter("", name)))
@@ -118,8 +117,7 @@ class AdapterCalls:
             loads, self._loads = self._loads, []
             for load in loads:
                 self._try_load(load)
-        for unload in list(self._unloads):
-            self._try_release(unload)
+        self._release_unused()
         self.announce()
 
     def announce(self) -> None:
@@ -135,8 +133,8 @@ class AdapterCalls:
         call = load.call
         try:
             adapter = self._desk.load(call.name, call.revision, call.pin)
-        except NoRoom:
-            self._wait(load)
+        except NotYet as why:
+            self._wait(replace(load, for_slot=isinstance(why, NoRoom)), str(why))
         except UnknownAdapter as error:
             self._fail(load, "model_not_found", f"{error}.")
         except AdapterBusy as error:
@@ -146,10 +144,9 @@ class AdapterCalls:
         else:
             self._reply(load.connection, call.call_id, [adapter])
 
-    def _wait(self, load: _Load) -> None:
+    def _wait(self, load: _Load, why: str) -> None:
         if load.connection is not NOBODY and time.monotonic() - load.since > self._max_wait_s:
-            message = "All slots for adapters are in use. Try again later, unload one, or raise QLOOP_MAX_ADAPTERS."
-            self._fail(load, "overloaded", message)
+            self._fail(load, "overloaded", why)
         else:
             self._loads.append(load)
 
@@ -157,16 +154,16 @@ class AdapterCalls:
         if load.connection is not NOBODY:
             self._send(load.connection, AdapterReply(load.call.call_id, code, message))
 
-    def _start_unload(self, connection: Connection, call_id: str, hidden: list[AdapterInfo]) -> None:
-        self._unloads.append(_Unload(connection, call_id, hidden, list(hidden)))
-
-    def _try_release(self, unload: _Unload) -> None:
-        for adapter in [adapter for adapter in unload.rest if not self._is_in_use(adapter.id)]:
-            unload.rest.remove(adapter)
+    def _release_unused(self) -> None:
+        """Weights go when their last request has ended, and everyone who waits for that is told."""
+        leaving = self._desk.leaving
+        unused = [adapter for adapter in leaving.values() if not self._is_in_use(adapter.id)]
+        for adapter in unused:
             self._desk.release(adapter)
-        if not unload.rest:
+        for unload in [u for u in self._unloads if not any(adapter.id in leaving for adapter in u.hidden)]:
             self._unloads.remove(unload)
             self._reply(unload.connection, unload.call_id, unload.hidden)
+        if unused:
             self.registry_changed(self._names)  # it may have been published again meanwhile
 
     def _reply(self, connection: Connection, call_id: str, adapters: list[AdapterInfo]) -> None:

@@ -40,10 +40,14 @@ class AdapterChecks:
 
         Reads every byte; later only of files that have changed.
         """
-        if folder_hash(entry.path, hash_file=self._hashes.file_hash) != entry.revision:
+        try:
+            revision = folder_hash(entry.path, hash_file=self._hashes.file_hash)
+        except OSError as error:
+            raise AdapterError(f"{entry.path} cannot be read ({error}). Mend that, or publish it again.") from None
+        if revision != entry.revision:
             raise AdapterError(
-                f"the files in {entry.path} were changed after it was published. "
-                "Publish them again: they become a revision of their own."
+                f"the files in {entry.path} were changed after it was published. Publish the original again, which "
+                "takes their place, and load it; or publish these: they become a revision of their own."
             )
 
     def _check_base(self, entry: AdapterEntry) -> None:

@@ -10,6 +10,7 @@ from server.engine.adapters import AdapterTable
 from server.engine.backends.base import AdapterError, Backend, RequestRefused
 from server.engine.messages import AdapterInfo
 from server.engine.residents import Residents
+from server.errors import ConfigError
 from server.store.registry import AdapterEntry, RegistryError, UnknownAdapter
 
 log = logging.getLogger("qloop.engine")
@@ -19,8 +20,12 @@ class AdapterBusy(Exception):
     """It is being unloaded; load it again when that is done."""
 
 
-class NoRoom(Exception):
-    """All slots are in use for now."""
+class NotYet(Exception):
+    """It cannot be served for now; ask again. The message is for who has asked for too long."""
+
+
+class NoRoom(NotYet):
+    """All slots are in use."""
 
 
 class AdapterDesk:
@@ -30,7 +35,7 @@ class AdapterDesk:
         self.table = table
         self.residents = Residents(backend, max_loaded, is_in_use)
         self.refused: dict[str, str] = {}  # id -> why it cannot be served
-        self.leaving: set[str] = set()  # ids that are hidden, and wait for their last request
+        self.leaving: dict[str, AdapterInfo] = {}  # by id: hidden, and waiting for their last request
 
     # --- at start ---
 
@@ -53,21 +58,25 @@ class AdapterDesk:
             adapter = self.table.describe(entry, pin=pin, is_current=is_current)
             if adapter_id not in self.residents and len(self.residents) < self.residents.max_loaded:
                 self._bring_in(adapter, entry)
+        except NotYet as why:
+            log.info("adapter %s comes into memory with its first request: %s", adapter_id, why)
         except (AdapterError, RegistryError) as error:
             self._refuse(adapter_id, error)
             return
         self.table.put(adapter)
+        if entry.is_current:
+            self.table.forget_unloaded(name)
 
     # --- operator calls ---
 
     def load(self, name: str, revision: str | None, pin: bool | None) -> AdapterInfo:
-        """Raises UnknownAdapter, RegistryError, AdapterError, AdapterBusy or NoRoom."""
+        """Raises UnknownAdapter, RegistryError, AdapterError, AdapterBusy or NotYet."""
         entry = self._examine(name, revision)
         if entry.id in self.leaving:
             raise AdapterBusy(f"Adapter {entry.id} is being unloaded; load it again when that is done.")
         self._check_pin(entry.id, pin)
-        if entry.id not in self.residents and not self.residents.has_room():
-            raise NoRoom
+        if entry.id not in self.residents and not self.residents.has_room(entry.id):
+            raise NoRoom("All slots for adapters are in use. Try again later, unload one, or raise QLOOP_MAX_ADAPTERS.")
         adapter = self.table.describe(entry, pin=pin)
         if entry.id not in self.residents:
             try:
@@ -83,23 +92,25 @@ class AdapterDesk:
         return adapter
 
     def hide(self, name: str, revision: str | None) -> list[AdapterInfo]:
-        """Stop serving them; `release` each when nobody uses it any more. Raises UnknownAdapter."""
-        if revision is None:
-            hidden = self.table.revisions(name)
-        else:
-            hidden = [adapter for adapter in [self.table.find(name, revision)] if adapter is not None]
-        if not hidden:
+        """Stop serving them; `release` each when nobody uses it any more. Includes those that are leaving already.
+
+        Raises UnknownAdapter.
+        """
+        served = [a for a in self.table.revisions(name) if revision in (None, a.revision)]
+        leaving = [a for a in self.leaving.values() if a.name == name and revision in (None, a.revision)]
+        if not served and not leaving:
             named = name if revision is None else f"{name}@{revision}"
             raise UnknownAdapter(f"no adapter {named!r} is served")
-        if any(adapter.is_current for adapter in hidden):
+        current = self.table.registry.current(name)
+        if any(a.is_current for a in served) or any(a.revision == current for a in leaving):
             self.table.remember_unloaded(name)
-        for adapter in hidden:
+        for adapter in served:
             self._hide(adapter)
-        return hidden
+        return leaving + served
 
     def release(self, adapter: AdapterInfo) -> None:
         """Its weights go."""
-        self.leaving.discard(adapter.id)
+        self.leaving.pop(adapter.id, None)
         self.residents.forget(adapter.id)
 
     # --- requests ---
@@ -119,10 +130,12 @@ class AdapterDesk:
             return True
         if self.residents.num_pinned >= self.residents.max_loaded:
             raise RequestRefused("overloaded", "All slots for adapters are taken by pinned ones.", "model")
-        if num_ahead or not self.residents.has_room():
+        if num_ahead or not self.residents.has_room(adapter_id):
             return False
         try:
             self._bring_in(adapter, self.table.examine(adapter.name, adapter.revision))
+        except NotYet:
+            return False
         except (AdapterError, RegistryError) as error:
             self.table.hide(adapter)
             self._refuse(adapter_id, error)
@@ -134,7 +147,7 @@ class AdapterDesk:
 
     def removed(self) -> list[AdapterInfo]:
         """Served ones whose folder is gone; they are hidden now."""
-        gone = [adapter for adapter in self.table.list() if not self._is_published(adapter)]
+        gone = [adapter for adapter in self.table.list() if not self._is_published(adapter.id)]
         for adapter in gone:
             log.info("adapter %s was removed from the registry", adapter.id)
             self._hide(adapter)
@@ -142,8 +155,7 @@ class AdapterDesk:
 
     def due(self, names: Iterable[str]) -> list[str]:
         """Those of the published names that mean something else than what is served under them, and can be loaded."""
-        path = self.table.registry.path
-        for adapter_id in [i for i in self.refused if not path.joinpath(*i.split("@")).is_dir()]:
+        for adapter_id in [adapter_id for adapter_id in self.refused if not self._is_published(adapter_id)]:
             del self.refused[adapter_id]
         for name in [name for name in self.table.unloaded if self.table.registry.current(name) is None]:
             self.table.forget_unloaded(name)
@@ -160,8 +172,12 @@ class AdapterDesk:
             self.table.unloaded.get(name) == current or adapter_id in self.refused or adapter_id in self.leaving
         )
 
-    def _is_published(self, adapter: AdapterInfo) -> bool:
-        return (self.table.registry.path / adapter.name / adapter.revision).is_dir()
+    def _is_published(self, adapter_id: str) -> bool:
+        """What cannot be told, for a fault of the disk, is not gone."""
+        try:
+            return self.table.registry.path.joinpath(*adapter_id.split("@")).is_dir()
+        except OSError:
+            return True
 
     # --- parts ---
 
@@ -176,8 +192,14 @@ class AdapterDesk:
             raise
 
     def _bring_in(self, adapter: AdapterInfo, entry: AdapterEntry) -> None:
+        """Raises AdapterError, RegistryError or NotYet."""
         self.table.checks.check_content(entry)
-        self.residents.load(adapter, entry.path)
+        try:
+            is_proven = self.residents.load(adapter, entry.path)
+        except (ConfigError, OSError) as error:
+            raise AdapterError(f"{entry.path} cannot be read ({error}). Mend that, or publish it again.") from error
+        if not is_proven:
+            raise NotYet("Its self-test got no turn beside the running requests. Try again later.")
 
     def _check_pin(self, adapter_id: str, pin: bool | None) -> None:
         pinned = sum(adapter.is_pinned for adapter in self.table.list() if adapter.id != adapter_id)
@@ -189,7 +211,7 @@ class AdapterDesk:
 
     def _hide(self, adapter: AdapterInfo) -> None:
         self.table.hide(adapter)
-        self.leaving.add(adapter.id)
+        self.leaving[adapter.id] = adapter
 
     def _refuse(self, adapter_id: str, error: Exception) -> None:
         self.refused[adapter_id] = str(error)

@@ -41,10 +41,12 @@ class StateFile:
 
     def read(self) -> AdapterState:
         """A file that is missing or damaged is only a loss of what it alone knew."""
-        if self._path is None or not self._path.is_file():
+        if self._path is None:
             return AdapterState()
         try:
             state = msgspec.json.decode(self._path.read_bytes(), type=AdapterState)
+        except FileNotFoundError:
+            return AdapterState()
         except (OSError, msgspec.DecodeError) as error:
             log.error("%s cannot be read (%s): adapters are served as the registry has them", self._path, error)
             return AdapterState()
@@ -54,5 +56,14 @@ class StateFile:
         return state
 
     def write(self, state: AdapterState) -> None:
-        if self._path is not None:
+        """A full disk ends no engine: what it serves stays right, and the next change writes all of it again."""
+        if self._path is None:
+            return
+        try:
             write_json(self._path, json.loads(msgspec.json.encode(state)))
+        except OSError as error:
+            log.error(
+                "%s cannot be written (%s): a restart now would forget the latest pins, unloads and older revisions",
+                self._path,
+                error,
+            )

@@ -13,7 +13,7 @@ from server.store.registry import AdapterEntry, Registry
 
 
 class AdapterTable:
-    """Every change is written down before anybody is told."""
+    """Every change is written down before anybody is told, where the disk lets it."""
 
     def __init__(
         self,

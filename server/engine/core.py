@@ -183,8 +183,8 @@ class Core:
 
     def _start(self, connection: Connection, request: Generate) -> None:
         self._backend.check(request)
-        self._requests[request.request_id] = Live(connection, request.adapter, set(range(request.n)))
         self._backend.add(request)
+        self._requests[request.request_id] = Live(connection, request.adapter, set(range(request.n)))
         self._send(connection, Accepted(request.request_id, len(request.prompt_token_ids)))
 
     def _check_admission(self, request: Generate) -> None:

@@ -93,6 +93,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     weights_hash: str
     unsupported_params: tuple[str, ...] = ()  # sampling parameters this backend must refuse
     has_metrics: bool = False  # it answers ReadMetrics with numbers of its own
+    max_adapter_rank: int | None = None  # what the backend was started for; None: any
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,7 +20,8 @@ class Residents:
         self._proven: set[str] = set()  # ids whose probe was passed; a revision never changes
 
     def __contains__(self, adapter_id: str) -> bool:
-        return adapter_id in self._loaded
+        """Can requests use it? Weights whose probe goes on are in memory, but not in here."""
+        return adapter_id in self._loaded and adapter_id in self._proven
 
     def __len__(self) -> int:
         return len(self._loaded)
@@ -42,28 +43,35 @@ class Residents:
         """The first `count` that will have to go."""
         return [adapter_id for adapter_id, is_pinned in self._loaded.items() if not is_pinned][:count]
 
-    def has_room(self) -> bool:
-        """True when one more fits now; evicts one that nobody uses if that is what it takes."""
-        if len(self._loaded) < self.max_loaded:
+    def has_room(self, adapter_id: str) -> bool:
+        """True when it fits now; evicts another that nobody uses if that is what it takes."""
+        if adapter_id in self._loaded or len(self._loaded) < self.max_loaded:
             return True
-        for adapter_id in self.victims(len(self._loaded)):
-            if not self._is_in_use(adapter_id):
-                self._drop(adapter_id)
+        for victim in self.victims(len(self._loaded)):
+            if not self._is_in_use(victim):
+                self._drop(victim)
                 self.num_evicted += 1
                 return True
         return False
 
-    def load(self, adapter: AdapterInfo, path: Path) -> None:
-        """Only after `has_room`. Raises AdapterError, and nothing of it is left then."""
-        self._backend.load_adapter(adapter, path)
+    def load(self, adapter: AdapterInfo, path: Path) -> bool:
+        """Only after `has_room`. False: it is not proven yet; load it again soon, which goes on with what was begun.
+
+        Raises AdapterError, and nothing of it is left then.
+        """
+        if adapter.id not in self._loaded:
+            self._backend.load_adapter(adapter, path)
+            self._loaded[adapter.id] = False
         if isinstance(self._backend, AdapterProbe) and adapter.id not in self._proven:
             try:
-                self._backend.probe_adapter(adapter.id)
+                if not self._backend.probe_adapter(adapter.id):
+                    return False
             except AdapterError:
-                self._backend.unload_adapter(adapter.id)
+                self._drop(adapter.id)
                 raise
-            self._proven.add(adapter.id)
+        self._proven.add(adapter.id)
         self._loaded[adapter.id] = adapter.is_pinned
+        return True
 
     def forget(self, adapter_id: str) -> None:
         """Out of the backend's memory for good; one that is not there is fine."""

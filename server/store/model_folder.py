@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,17 @@ from server.store.home import Home
 from server.store.names import NameRefused, check_name
 from server.store.safetensors_check import BrokenFile, read_header
 
-DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt")
+TEXT_PATTERNS = ("*.json", "*.jinja", "*.txt")
+DOWNLOAD_PATTERNS = ("*.safetensors", *TEXT_PATTERNS)
 INDEX_NAME = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def resolve_model(model: str, home: Home, *, revision: str | None = None) -> Path:
+def resolve_model(model: str, home: Home, *, revision: str | None = None, with_weights: bool = True) -> Path:
     """The local folder of `model`: a folder, a model's name under `<home>/models`, or a hub id `Org/Name`.
 
-    A hub id is downloaded through huggingface_hub (safetensors, JSON, templates; never pickle) into its own cache.
+    A hub id is downloaded through huggingface_hub (safetensors, JSON, templates; never pickle) into its own cache; not
+    `with_weights`: all but the weights, for who only reads the configuration and the tokenizer.
     Raises ConfigError when there is no such folder, or when the hub cannot be reached.
     """
     folder = Path(model).expanduser()
@@ -35,7 +37,7 @@ def resolve_model(model: str, home: Home, *, revision: str | None = None) -> Pat
         raise ConfigError(
             f"{model}: no such folder. Give a model folder's path or a hub id such as Qwen/Qwen2-7B-Instruct"
         )
-    return _download(model, revision)
+    return _download(model, revision, DOWNLOAD_PATTERNS if with_weights else TEXT_PATTERNS)
 
 
 def default_served_name(model: str) -> str:
@@ -133,10 +135,10 @@ def _weight_files(path: Path) -> list[Path]:
     raise ConfigError(f"{path}: no *.safetensors weights; copy or download the model again")
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
     snapshot_download = _snapshot_download(model)
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(DOWNLOAD_PATTERNS)))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # its errors share no base class: OSError, ValueError and HTTP client errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(

@@ -41,6 +41,10 @@ class NotProved(RegistryError):
     """The gate refused this revision when it was published."""
 
 
+class Moved(RegistryError):
+    """Somebody else moved the name between the look and the change."""
+
+
 @dataclass(frozen=True)
 class AdapterEntry:
     """One published revision."""
@@ -65,8 +69,9 @@ class Registry:
     def publish(self, folder: Path, name: str, card: AdapterCard, *, make_current: bool = True) -> AdapterEntry:
         """Copy a PEFT adapter folder in as a revision of `name`, and point `name` at it unless told otherwise.
 
-        The same content again changes nothing but `current`. With a card for another base it is refused, or, where the
-        earlier card was never used, takes its place. Raises RegistryError, also for an unusable name or folder.
+        The same content again changes nothing but `current`, and mends files that were changed in place. With a card
+        for another base it is refused, or, where the earlier card was never used, takes its place. Raises
+        RegistryError, also for an unusable name or folder.
         """
         name = _checked(name)
         check_adapter_folder(folder)
@@ -77,6 +82,7 @@ class Registry:
                 revision = self._fill(aside, folder, name, card)
                 target = self.path / name / revision
                 if target.is_dir():
+                    self._mend(target, aside)
                     self._publish_again(self.get(name, revision), card)
                 else:
                     target.parent.mkdir(exist_ok=True)
@@ -114,16 +120,16 @@ class Registry:
     def rollback(self, name: str, revision: str) -> AdapterEntry:
         """Point `name` back at `revision`, which `previous` gave. Going back twice goes two steps.
 
-        Raises RegistryError when somebody else moved the name in between.
+        Raises Moved when somebody else moved the name in between.
         """
-        with self._lock():
+        with self._lock(), contextlib.suppress(UnknownAdapter):
             entry = self.previous(name)
-            if entry.revision != revision:
-                raise RegistryError(f"adapter {name!r} was moved by somebody else a moment ago; look, and try again")
-            history = self._history(name)
-            kept = history[: len(history) - history[::-1].index(revision) - 1]
-            self._point(entry.name, revision, kept, remember=False)
-        return replace(entry, is_current=True)
+            if entry.revision == revision:
+                history = self._history(name)
+                kept = history[: len(history) - history[::-1].index(revision) - 1]
+                self._point(entry.name, revision, kept, remember=False)
+                return replace(entry, is_current=True)
+        raise Moved(f"adapter {name!r} was moved by somebody else a moment ago; look, and try again")
 
     def revisions(self, name: str) -> set[str]:
         """All that are there, readable or not."""
@@ -156,13 +162,13 @@ class Registry:
         if chosen is None:
             raise self._unknown(name)
         path = self.path / name / chosen
-        if not path.is_dir():
-            raise UnknownAdapter(f"adapter {name!r} has no revision {chosen} in {self.path}")
-        if not path.resolve().is_relative_to(self.path.resolve()):
-            raise RegistryError(f"{path} leads out of the registry; remove the link and publish the adapter again")
         try:
+            if not path.is_dir():
+                raise UnknownAdapter(f"adapter {name!r} has no revision {chosen} in {self.path}")
+            if not path.resolve().is_relative_to(self.path.resolve()):
+                raise RegistryError(f"{path} leads out of the registry; remove the link and publish the adapter again")
             return AdapterEntry(name, chosen, path, read_card(path), chosen == current)
-        except (CardRefused, ConfigError) as error:
+        except (CardRefused, ConfigError, OSError) as error:
             raise RegistryError(str(error)) from None
 
     def current(self, name: str) -> str | None:
@@ -185,10 +191,7 @@ class Registry:
                 if entry.is_current:
                     raise RegistryError(f"{entry.id} is current: promote another revision, or remove the whole name")
                 target = entry.path
-            # Renamed first: a reader sees the whole folder or none.
-            doomed = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=self.path))
-            os.replace(target, doomed / "removed")
-            shutil.rmtree(doomed, ignore_errors=True)
+            self._discard(target)
             with contextlib.suppress(OSError):
                 (self.path / name).rmdir()  # an import that was refused leaves no empty name
 
@@ -196,6 +199,25 @@ class Registry:
         """Raises RegistryError where the revision is there, belongs to another base than `card` says, and was used."""
         if (self.path / _checked(name) / _checked_revision(revision)).is_dir():
             self._belongs_elsewhere(self.get(name, revision), card)
+
+    def _mend(self, target: Path, good: Path) -> None:
+        """Under the lock: a revision whose files are no longer what its name promises gives way to the good copy.
+
+        Its card stays where it can be read: it says what was proved about the files as they should be.
+        """
+        with contextlib.suppress(OSError):
+            if folder_hash(target) == target.name:
+                return
+        with contextlib.suppress(CardRefused, ConfigError):
+            write_card(good, read_card(target))
+        self._discard(target)
+        os.replace(good, target)
+
+    def _discard(self, folder: Path) -> None:
+        """Under the lock. Renamed first: a reader sees the whole folder or none."""
+        doomed = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=self.path))
+        os.replace(folder, doomed / "removed")
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def _publish_again(self, entry: AdapterEntry, card: AdapterCard) -> None:
         """Under the lock: files that are there, with another card. A base named wrongly at first can be put right."""
@@ -242,7 +264,7 @@ class Registry:
 
     def _fill(self, aside: Path, folder: Path, name: str, card: AdapterCard) -> str:
         for file in REVISION_FILES:
-            shutil.copyfile(folder / file, aside / file)
+            _copy(folder / file, aside / file)
         check_adapter_folder(aside)  # the copy is what will be served
         revision = folder_hash(aside)
         write_card(aside, replace(card, name=name, revision=revision, created=int(time.time())))
@@ -250,8 +272,9 @@ class Registry:
         return revision
 
     def _folders(self, parent: Path) -> Iterator[Path]:
-        if parent.is_dir():
-            yield from (path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+        """Those that can be read."""
+        with contextlib.suppress(OSError):
+            yield from (path for path in parent.iterdir() if os.path.isdir(path) and not path.name.startswith("."))
 
     def _remove_torn(self) -> None:
         """Under the lock, anything aside was left by a writer that died."""
@@ -267,22 +290,38 @@ class Registry:
 
 
 def check_adapter_folder(folder: Path) -> None:
-    """Raise RegistryError unless the folder holds a whole PEFT adapter in safetensors."""
+    """Raise RegistryError unless the folder holds a whole PEFT adapter in safetensors, and can be read."""
+    try:
+        _check_files(folder)
+    except (ConfigError, BrokenFile) as error:
+        raise RegistryError(str(error)) from None
+    except OSError as error:
+        raise RegistryError(f"{folder} cannot be read ({error}); mend that, or copy the adapter again") from None
+
+
+def _check_files(folder: Path) -> None:
     if not folder.is_dir():
         raise RegistryError(f"{folder}: no such folder")
     if not (folder / WEIGHTS_NAME).is_file():
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
             raise RegistryError(f"{folder}: pickled weights are refused; save the adapter with safe_serialization=True")
         raise RegistryError(f"{folder}: no {WEIGHTS_NAME}, so this is not a trained adapter")
-    try:
-        config = read_json_object(folder / CONFIG_NAME)
-        tensors = read_header(folder / WEIGHTS_NAME)
-    except (ConfigError, BrokenFile) as error:
-        raise RegistryError(str(error)) from None
+    config = read_json_object(folder / CONFIG_NAME)
+    tensors = read_header(folder / WEIGHTS_NAME)
     if not isinstance(config.get("peft_type"), str):
         raise RegistryError(f"{folder / CONFIG_NAME}: has no peft_type, so this is not a PEFT adapter")
     if not tensors:
         raise RegistryError(f"{folder / WEIGHTS_NAME}: holds no tensors; the training run did not finish")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Flushed to the disk: a crash of the machine must not leave an empty file in what a rename made a revision."""
+    try:
+        shutil.copyfile(source, target)
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RegistryError(f"{source} cannot be copied into the registry ({error})") from None
 
 
 def _belonging(card: AdapterCard) -> tuple[str, ...]:

@@ -73,7 +73,8 @@ def _by_rank(config: Mapping[str, Any]) -> Verdict:
     if rank > VLLM_RANKS[-1]:
         return Verdict(("hf",), (f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this is {rank}; the hf engine serves it",))
     if rank > VLLM_DEFAULT_RANK:
-        note = f"vLLM's own limit is rank {VLLM_DEFAULT_RANK}: start it with max_lora_rank {vllm_rank_for(rank)}"
+        limit = vllm_rank_for(rank)
+        note = f"for vLLM start the engine with QLOOP_MAX_ADAPTER_RANK={limit} (unset: {VLLM_DEFAULT_RANK})"
         return Verdict(("hf", "vllm"), (note,))
     return Verdict(("hf", "vllm"))
 

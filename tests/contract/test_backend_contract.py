@@ -12,7 +12,17 @@ from server.engine.backends.fake import FakeBackend, FakeOptions
 from server.engine.backends.hf import HfBackend, HfOptions
 from server.engine.backends.vllm import VllmBackend
 from server.engine.messages import EngineStats, FinishReason, ModelInfo
-from tests.server.engine.backends.driver import Text, Texts, adapter_info, ask, collect, finish, run, submit
+from tests.server.engine.backends.driver import (
+    Text,
+    Texts,
+    adapter_info,
+    ask,
+    collect,
+    finish,
+    run,
+    step_until_running,
+    submit,
+)
 from tests.server.engine.backends.folders import ENDOFTEXT, IM_END, MAX_POSITIONS, VOCAB_SIZE
 from tests.server.engine.backends.vllm_setup import VLLM, tiny_options, write_model_for_vllm
 
@@ -57,14 +67,6 @@ def model(loaded: tuple[Backend, ModelInfo]) -> ModelInfo:
 def free_run(backend: Backend, num_tokens: int = 12) -> list[int]:
     """Greedy ids that no stop id ends."""
     return run(backend, ask(PROMPT, max_tokens=num_tokens, ignore_eos=True))["a", 0].token_ids
-
-
-def step_until_running(backend: Backend, count: int, texts: Texts) -> None:
-    """A step may bring nothing yet where another process computes."""
-    give_up = time.monotonic() + 10
-    while backend.stats.num_running < count:
-        assert time.monotonic() < give_up, f"never {count} sequences running"
-        collect(backend.step(), texts)
 
 
 def refusal(backend: Backend, request: object) -> RequestRefused:

@@ -11,6 +11,7 @@ from server.store.model_folder import default_served_name, resolve_model
 from server.store.registry import Registry
 
 MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs
+MAX_NUM_SEQS = 128
 
 
 def create_backend(settings: Settings) -> Backend:
@@ -26,7 +27,7 @@ def create_backend(settings: Settings) -> Backend:
                 model_path=folder,
                 served_name=name,
                 max_model_len=settings.max_model_len,
-                max_num_seqs=settings.max_num_seqs,
+                max_num_seqs=settings.max_num_seqs or MAX_NUM_SEQS,
                 max_logprobs=MAX_LOGPROBS,
                 tokens_per_s=settings.fake_tokens_per_s,
             )
@@ -44,7 +45,7 @@ def create_backend(settings: Settings) -> Backend:
             prefix_cache=settings.prefix_cache,
             kv_cache_gib=settings.kv_cache_gib,
             max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
+            max_num_seqs=settings.max_num_seqs or MAX_NUM_SEQS,
             max_logprobs=MAX_LOGPROBS,
             trust_remote_code=settings.trust_remote_code,
             num_threads=settings.num_threads,

@@ -34,10 +34,14 @@ class Backend(Protocol):
         """Raise RequestRefused if this request could never run here (too long, unknown adapter, bad ids)."""
 
     def add(self, request: Generate) -> None:
-        """Queue a checked request: n sequences, waiting until memory and a slot are free."""
+        """Queue a checked request: n sequences, waiting until memory and a slot are free.
+
+        Raises RequestRefused where only now it shows that it cannot run; nothing of it is left then.
+        """
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Free the request's sequences (or one choice) at once, without an output. Unknown ids are ignored."""
+        """Free the request's sequences (or one choice) at once; no output of them comes any more, not even of
+        those that have just finished. Unknown ids are ignored."""
 
     def step(self) -> list[SequenceOutput]:
         """Advance: at most one new token per running sequence. May return nothing (pacing, prefill).
@@ -65,8 +69,11 @@ class Backend(Protocol):
 class AdapterProbe(Protocol):
     """What a backend may offer besides: a last test of an adapter that has just been loaded for the first time."""
 
-    def probe_adapter(self, adapter_id: str) -> None:
-        """Compute a few tokens with and without it. Raises AdapterError when the numbers are not finite, or equal."""
+    def probe_adapter(self, adapter_id: str) -> bool:
+        """Compute a few tokens with and without it. False: not done yet, as others compute, too; ask again.
+
+        Raises AdapterError when the numbers are not finite, or equal.
+        """
 
 
 @runtime_checkable

@@ -167,8 +167,9 @@ class FakeBackend:
     def unload_adapter(self, adapter_id: str) -> None:
         self._adapters.pop(adapter_id, None)
 
-    def probe_adapter(self, adapter_id: str) -> None:
+    def probe_adapter(self, adapter_id: str) -> bool:
         """There are no numbers that could be wrong, and every adapter starts later than the base."""
+        return True
 
     def close(self) -> None:
         self._running.clear()

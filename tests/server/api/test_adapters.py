@@ -187,6 +187,36 @@ def test_b10_a_cancelling_unload_ends_them_with_an_error(bench: Bench) -> None:
     assert bench.num_loaded == 0 and bench.ask(BASE).status_code == 200
 
 
+def test_b10_a_second_unload_joins_the_first_and_may_cancel_what_that_waits_for(bench: Bench) -> None:
+    card = bench.add("friend", 1)
+    endless = bench.body("friend", max_tokens=250, n=8, stream=True)
+    answers: list[httpx.Response] = []
+    with bench.http.stream("POST", COMPLETIONS, json=endless) as running:
+        lines = events(running)
+        next(lines)
+        patient = threading.Thread(target=lambda: answers.append(bench.unload("friend")))
+        patient.start()
+        wait_until(lambda: bench.states()[card["id"]] == "unloading", 10, "the first unload")
+        answers.append(bench.unload("friend", "cancel"))
+        list(lines)
+    patient.join(20)
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert all(answer.json()["revisions"] == [card["revision"]] for answer in answers)
+    assert bench.num_loaded == 0
+
+
+def test_vllms_unload_takes_one_revision_when_one_is_named(bench: Bench) -> None:
+    old, new = bench.add("friend", 1), bench.add("friend", 2)
+    expected = bench.text("friend")
+    gone = bench.http.post("/v1/unload_lora_adapter", json={"lora_name": old["id"]})
+    assert (gone.status_code, gone.text) == (200, f"Success: LoRA adapter '{old['id']}' removed successfully.")
+    assert bench.states() == {old["id"]: "published", new["id"]: "loaded"}
+    assert bench.text("friend") == bench.text(new["id"]) == expected and bench.ask(old["id"]).status_code == 404
+    load = {"lora_name": new["id"], "lora_path": str(bench.root / "friend-2"), "load_inplace": True}
+    refused = bench.http.post("/v1/load_lora_adapter", json=load)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "lora_name")
+
+
 def loaded(bench: Bench) -> list[str]:
     return [adapter for adapter, state in bench.states().items() if state == "loaded"]
 

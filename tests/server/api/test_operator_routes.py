@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.store.registry import Registry
+from server.store.registry import AdapterEntry, Registry
 from tests.conftest import StartService
 from tests.server.api.near import near_server
 from tests.server.engine.adapters import write_folder
@@ -101,6 +101,13 @@ WRONG: dict[str, tuple[str, str, dict[str, Any] | None, int, str]] = {
     "promote a revision": ("POST", f"/v1/adapters/x@{'0' * 12}/promote", {"revision": "0" * 12}, 400, "name"),
     "roll back an unknown one": ("POST", "/v1/adapters/x/rollback", {}, 404, "name"),
     "no lora_path": ("POST", "/v1/load_lora_adapter", {"lora_name": "x"}, 400, "lora_path"),
+    "a revision for vLLM's load": (
+        "POST",
+        "/v1/load_lora_adapter",
+        {"lora_name": "x@" + "0" * 12, "lora_path": "/x"},
+        400,
+        "lora_name",
+    ),
     "fused experts": (
         "POST",
         "/v1/load_lora_adapter",
@@ -123,6 +130,36 @@ async def test_what_is_wrong_is_named(fake_model: Path, case: str) -> None:
         answer = await client.request(method, path, json=body)
         error = answer.json()["error"]
         assert (answer.status_code, error["param"] or "") == (status, param), error
+
+
+async def test_an_adapter_that_cannot_be_read_is_refused_by_name(fake_model: Path, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "x")
+    weights = folder / "adapter_model.safetensors"
+    weights.unlink()
+    weights.symlink_to("/proc/self/mem")  # a file whose first byte is an I/O error
+    async with near_server(fake_model, adapter_roots=(tmp_path, Path("/proc"))) as (_, client):
+        answer = await client.post("/v1/adapters", json={"name": "x", "path": str(folder)})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "invalid_adapter") and "cannot be read" in error["message"]
+
+
+async def test_a_rollback_that_somebody_overtook_is_a_conflict(
+    fake_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollback = Registry.rollback
+
+    def after_another(self: Registry, name: str, revision: str) -> AdapterEntry:
+        rollback(self, name, revision)
+        return rollback(self, name, revision)
+
+    monkeypatch.setattr(Registry, "rollback", after_another)
+    async with near_server(fake_model, adapter_roots=(tmp_path,)) as (_, client):
+        for seed in (1, 2):
+            load = {"name": "x", "path": str(write_folder(tmp_path / str(seed), seed))}
+            assert (await client.post("/v1/adapters", json=load)).status_code == 200
+        answer = await client.post("/v1/adapters/x/rollback", json={})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (409, "adapter_moved") and "somebody else" in error["message"]
 
 
 # --- vLLM's own routes ---

@@ -153,6 +153,27 @@ def test_cancelling_ends_running_requests_with_an_error(two: tuple[Running, str,
     assert running.finishes("a", "long") == [FinishReason.ERROR] and running.backend.stats.num_running == 0
 
 
+def test_a_second_unload_joins_the_first_and_may_cancel(two: tuple[Running, str, str]) -> None:
+    running, first, _ = two
+    running.core.post("b", UnloadAdapter("patient", "one"))
+    running.wait(lambda: first not in [a.id for a in running.to("everyone", Adapters)[-1].adapters])
+    running.core.post("c", UnloadAdapter("no such", "one", "0" * 12))
+    running.core.post("c", UnloadAdapter("patient, too", "one"))
+    running.core.post("d", UnloadAdapter("urgent", "one", first.partition("@")[2], cancel=True))
+    running.wait(lambda: running.to("d", AdapterReply))
+    assert running.finishes("a", "long") == [FinishReason.ERROR]
+    replies = {m.call_id: m for connection in "bcd" for m in running.to(connection, AdapterReply)}
+    assert replies.pop("no such").error_code == "model_not_found"
+    assert {call_id: [a.id for a in reply.adapters] for call_id, reply in replies.items()} == {
+        "patient": [first],
+        "patient, too": [first],
+        "urgent": [first],
+    }
+    running.core.post("c", UnloadAdapter("late", "one"))
+    running.wait(lambda: len(running.to("c", AdapterReply)) == 3)
+    assert running.to("c", AdapterReply)[-1].error_code == "model_not_found"
+
+
 def test_removed_and_published_again_while_it_was_in_use(two: tuple[Running, str, str], tmp_path: Path) -> None:
     """The last request of the old life ends first; then the name is served again, by itself."""
     running, first, _ = two

@@ -1,19 +1,23 @@
 """The desk of adapters, with a real registry and the fake backend: what is served, what rests, what is refused."""
 
+import errno
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server.engine.adapter_checks import AdapterChecks
-from server.engine.adapter_desk import AdapterBusy, AdapterDesk, NoRoom
+from server.engine.adapter_desk import AdapterBusy, AdapterDesk, NoRoom, NotYet
 from server.engine.adapter_state import StateFile
 from server.engine.adapters import AdapterTable
 from server.engine.backends.base import AdapterError, RequestRefused
 from server.engine.backends.fake import FakeBackend, FakeOptions
-from server.store.registry import Registry, UnknownAdapter
+from server.errors import ConfigError
+from server.store.registry import Registry, RegistryError, UnknownAdapter
 from server.text.identity import TextIdentity
 from tests.server.engine.adapters import publish
 
@@ -130,6 +134,19 @@ def test_a_damaged_state_file_costs_only_what_it_alone_knew(make_desk: MakeDesk,
     assert {adapter.name for adapter in make_desk().table.list()} == {"own"}
 
 
+def test_a_rollback_while_the_engine_was_down_is_followed_later(
+    make_desk: MakeDesk, registry: Registry, tmp_path: Path
+) -> None:
+    """What was unloaded is forgotten as soon as something newer is served under the name."""
+    desk = make_desk()
+    (old,) = desk.hide("own", None)
+    new = publish(registry, tmp_path / "newer", "own", seed=1)
+    again = make_desk()
+    assert again.table.find("own", new.revision) is not None and again.table.unloaded == {}
+    registry.rollback("own", old.revision)
+    assert again.due(["own"]) == ["own"]
+
+
 def test_a_removed_revision_goes(make_desk: MakeDesk, registry: Registry) -> None:
     desk = make_desk()
     (own,) = desk.table.list()
@@ -138,6 +155,90 @@ def test_a_removed_revision_goes(make_desk: MakeDesk, registry: Registry) -> Non
     assert desk.removed() == [own] and desk.table.list() == []
     desk.release(own)
     assert own.id not in desk.residents
+
+
+# --- a disk with faults ---
+
+
+def lose_sight_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks at it gets an I/O error."""
+    look = os.stat
+
+    def stat(file: Any, *args: Any, **options: Any) -> os.stat_result:
+        if isinstance(file, (str, Path)) and Path(file) == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return look(file, *args, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+
+
+def test_weights_that_cannot_be_read_refuse_only_their_adapter(
+    make_desk: MakeDesk, registry: Registry, tmp_path: Path
+) -> None:
+    publish(registry, tmp_path / "good", "good")
+    own = registry.get("own")
+    weights = own.path / "adapter_model.safetensors"
+    weights.unlink()
+    weights.symlink_to("/proc/self/mem")  # a file whose first byte is an I/O error
+    desk = make_desk()
+    assert {adapter.name for adapter in desk.table.list()} == {"good"}
+    assert "cannot be read" in desk.refused[own.id] and "Input/output error" in desk.refused[own.id]
+    with pytest.raises(RegistryError, match="cannot be read"):
+        desk.load("own", None, None)
+
+
+def test_weights_that_go_during_the_check_are_a_refusal(make_desk: MakeDesk, registry: Registry) -> None:
+    own = registry.get("own")
+    (own.path / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match="cannot be read"):
+        make_desk().table.checks.check_content(own)
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EIO, "Input/output error"), ConfigError("cannot be read")], ids=repr)
+def test_a_backend_that_cannot_read_an_adapter_is_a_refusal(
+    make_desk: MakeDesk, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    desk = make_desk()
+    (own,) = desk.table.list()
+    desk.residents.forget(own.id)
+
+    def load_adapter(adapter: object, path: Path) -> None:
+        raise fault
+
+    monkeypatch.setattr(backend, "load_adapter", load_adapter)
+    with pytest.raises(RequestRefused) as caught:
+        desk.want(own.id, 0)
+    assert caught.value.code == "invalid_adapter" and "cannot be read" in str(caught.value)
+    with pytest.raises(AdapterError, match="cannot be read"):
+        desk.load("own", None, None)
+    assert "cannot be read" in make_desk().refused[own.id]
+
+
+def test_a_folder_that_cannot_be_looked_at_is_not_gone(
+    make_desk: MakeDesk, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(registry, tmp_path / "good", "good")
+    desk = make_desk()
+    own = registry.get("own")
+    lose_sight_of(own.path, monkeypatch)
+    assert desk.removed() == [] and desk.due(["own", "good"]) == []
+    with pytest.raises(RegistryError, match="Input/output error"):
+        desk.load("own", None, None)
+    assert own.id in desk.refused and desk.due(["own"]) == [] and own.id in desk.refused
+    assert {adapter.name for adapter in make_desk().table.list()} == {"good"}
+
+
+def test_an_engine_that_cannot_write_its_state_serves_on(
+    make_desk: MakeDesk, registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state.json" / "in the way").mkdir(parents=True)
+    desk = make_desk()
+    assert desk.load("own", None, True).is_pinned
+    assert "cannot be written" in caplog.text and "would forget the latest pins" in caplog.text
+    shutil.rmtree(tmp_path / "state.json")
+    publish(registry, tmp_path / "good", "good")
+    desk.load("good", None, None)  # the next change writes what could not be written then
+    assert {adapter.name: adapter.is_pinned for adapter in make_desk().table.list()} == {"own": True, "good": False}
 
 
 # --- what is refused ---
@@ -217,6 +318,28 @@ def test_the_longest_unused_one_makes_room_and_comes_back(
     assert desk.residents.num_evicted > 3
 
 
+def test_what_is_not_proven_yet_is_not_served_and_gives_its_slot_away(
+    make_desk: MakeDesk, backend: FakeBackend, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = more(registry, tmp_path, 2)
+    looks = 0
+
+    def probe(self: FakeBackend, adapter_id: str) -> bool:
+        nonlocal looks
+        looks += 1
+        return looks > 5
+
+    monkeypatch.setattr(FakeBackend, "probe_adapter", probe)
+    desk = make_desk(max_loaded=1)  # the first look, at the start
+    assert len(desk.residents) == 1 and {first, second} < ids(desk)
+    with pytest.raises(NotYet, match="self-test"):
+        desk.load("m0", None, None)
+    assert not desk.want(second, 0)  # nobody uses the other: its slot is taken
+    assert first not in desk.residents and second not in desk.residents and len(desk.residents) == 1
+    assert not desk.want(second, 0) and not desk.want(second, 0) and desk.want(second, 0)
+    assert second in desk.residents and desk.load("m0", None, True).is_pinned and first in desk.residents
+
+
 def test_pinned_ones_and_those_in_use_stay(make_desk: MakeDesk, registry: Registry, tmp_path: Path) -> None:
     names = more(registry, tmp_path, 3)
     in_use: set[str] = set()
@@ -252,6 +375,29 @@ def test_one_that_was_damaged_while_it_rested_is_refused_by_the_request(
         desk.want(names[0], 0)
     assert (caught.value.code, caught.value.param) == ("invalid_adapter", "model")
     assert names[0] not in ids(desk) and names[0] in desk.refused and desk.want(names[1], 0)
+
+
+def test_who_unloads_what_leaves_already_gets_it_named(make_desk: MakeDesk) -> None:
+    desk = make_desk()
+    (own,) = desk.hide("own", None)
+    assert desk.hide("own", None) == desk.hide("own", own.revision) == [own]
+    with pytest.raises(UnknownAdapter, match="is served"):
+        desk.hide("own", "0" * 12)
+    desk.release(own)
+    with pytest.raises(UnknownAdapter, match="is served"):
+        desk.hide("own", None)
+
+
+def test_unloading_what_leaves_already_does_not_unload_what_came_after(
+    make_desk: MakeDesk, registry: Registry, tmp_path: Path
+) -> None:
+    desk = make_desk()
+    (old,) = desk.hide("own", None)
+    new = publish(registry, tmp_path / "newer", "own", seed=1)
+    assert desk.load("own", None, None).revision == new.revision
+    assert desk.hide("own", old.revision) == [old] and desk.table.unloaded == {}
+    assert {adapter.revision for adapter in desk.hide("own", None)} == {old.revision, new.revision}
+    assert desk.table.unloaded == {"own": new.revision}
 
 
 def test_one_that_is_being_unloaded_is_busy(make_desk: MakeDesk) -> None:

@@ -9,7 +9,6 @@ import pytest
 from server.errors import ConfigError
 from server.store.home import Home
 from server.store.model_folder import (
-    DOWNLOAD_PATTERNS,
     INDEX_NAME,
     check_model_folder,
     default_served_name,
@@ -132,4 +131,8 @@ def test_modelscope_is_asked_where_the_ecosystem_says_so(tmp_path: Path, monkeyp
 
     monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=download))
     assert resolve_model("Qwen/Qwen2-0.5B", Home(tmp_path), revision="v1") == tmp_path
-    assert asked == [("Qwen/Qwen2-0.5B", "v1", list(DOWNLOAD_PATTERNS))]
+    resolve_model("Qwen/Qwen2-0.5B", Home(tmp_path), with_weights=False)
+    assert asked == [
+        ("Qwen/Qwen2-0.5B", "v1", ["*.safetensors", "*.json", "*.jinja", "*.txt"]),
+        ("Qwen/Qwen2-0.5B", None, ["*.json", "*.jinja", "*.txt"]),
+    ]

@@ -1,11 +1,15 @@
+import errno
 import json
 import multiprocessing
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from server.store.card import CARD_NAME, AdapterCard
+from server.store.hashes import folder_hash
 from server.store.registry import Registry, RegistryError
 from tests.server.store.safetensors_files import write_adapter
 
@@ -50,6 +54,70 @@ def test_publishing_the_same_content_again_changes_nothing(registry: Registry, t
     assert files_of(entry.path) == before
 
 
+def _flip(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+
+
+def _folder_for_weights(folder: Path) -> None:
+    _no_weights(folder)
+    (folder / "adapter_model.safetensors").mkdir()
+
+
+def _card_too(folder: Path) -> None:
+    _flip(folder)
+    (folder / CARD_NAME).write_text("{")
+
+
+def test_publishing_the_original_again_mends_a_damaged_revision(registry: Registry, tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "run")
+    good = registry.publish(source, "a", card(run_id="one", gate="passed"))
+    newer = registry.publish(write_adapter(tmp_path / "2", b"\1" * 16), "a", card())
+    for damage in (_flip, _no_weights, _foreign_config, _unreadable, _folder_for_weights):
+        damage(good.path)
+        mended = registry.publish(source, "a", card(run_id="two"), make_current=False)
+        assert mended.card == good.card and folder_hash(good.path) == good.revision, damage.__name__
+    assert registry.current("a") == newer.revision
+    _card_too(good.path)
+    assert registry.publish(source, "a", card(run_id="two"), make_current=False).card.run_id == "two"
+    assert [path.name for path in registry.path.iterdir() if path.name.startswith(".aside")] == []
+
+
+def test_a_revision_is_on_the_disk_before_it_is_there(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+    before: dict[str, set[int]] = {}
+    flush, rename = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        flush(handle)
+        flushed.add(os.fstat(handle).st_ino)
+
+    def replace(source: Path, target: Path) -> None:
+        before[Path(target).name] = set(flushed)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    entry = registry.publish(write_adapter(tmp_path / "run"), "a", card())
+    assert {file.stat().st_ino for file in entry.path.iterdir()} <= before[entry.revision]
+
+
+def test_a_full_disk_refuses_the_adapter_and_leaves_no_trace(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_adapter(tmp_path / "run")
+
+    def copyfile(*paths: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    with pytest.raises(RegistryError, match=r"cannot be copied into the registry .*No space left"):
+        registry.publish(source, "a", card())
+    assert registry.entries() == [] and list(registry.path.glob(".aside*")) == []
+
+
 def test_a_new_revision_moves_current_and_keeps_the_old_one(registry: Registry, tmp_path: Path) -> None:
     first = registry.publish(write_adapter(tmp_path / "1"), "a", card())
     before = files_of(first.path)
@@ -91,6 +159,12 @@ def _truncated(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def _unreadable(folder: Path) -> None:
+    """A file whose first byte is an I/O error."""
+    _no_weights(folder)
+    (folder / "adapter_model.safetensors").symlink_to("/proc/self/mem")
+
+
 def _no_config(folder: Path) -> None:
     (folder / "adapter_config.json").unlink()
 
@@ -109,6 +183,7 @@ def _no_tensors(folder: Path) -> None:
         (_no_weights, "not a trained adapter"),
         (_pickled, "pickled weights are refused"),
         (_truncated, "truncated"),
+        (_unreadable, r"cannot be read \(.*Input/output error"),
         (_no_config, r"adapter_config\.json: cannot be read"),
         (_foreign_config, "not a PEFT adapter"),
         (_no_tensors, "holds no tensors"),

@@ -7,7 +7,7 @@ The formats are those of PEFT's save_pretrained. Knows nothing about batches or 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from server.engine.backends.base import AdapterError
+from server.engine.backends.hf.adapter_targets import adapted_modules
 from server.engine.backends.hf.kv_store import kv_shape
 from server.engine.backends.hf.lora import LoraMatrices
 from server.engine.backends.hf.projection import Ia3Vector
@@ -192,9 +193,9 @@ def _read_lora(folder: Folder) -> AdapterWeights:
     for name, pair in pairs.items():
         if len(pair) != 2:
             raise folder.error(f"{name} has only lora_{next(iter(pair))}. Copy the adapter again.")
-    return AdapterWeights(
-        lora={name: _lora_matrices(folder, name, pair["A"], pair["B"]) for name, pair in pairs.items()}
-    )
+    lora = {name: _lora_matrices(folder, name, pair["A"], pair["B"]) for name, pair in pairs.items()}
+    _check_whole(folder, lora)
+    return AdapterWeights(lora=lora)
 
 
 def _lora_matrices(folder: Folder, name: str, a: Tensor, b: Tensor) -> LoraMatrices:
@@ -226,9 +227,9 @@ def _by_pattern(folder: Folder, option: str, patterns: str, name: str) -> float:
 
 def _read_ia3(folder: Folder) -> AdapterWeights:
     matches = list(_matches(folder, IA3_KEY, "an IA3 vector of a linear layer"))
-    return AdapterWeights(
-        ia3={m["module"]: _ia3_vector(folder, m["module"], folder.tensors[key]) for key, m in matches}
-    )
+    ia3 = {m["module"]: _ia3_vector(folder, m["module"], folder.tensors[key]) for key, m in matches}
+    _check_whole(folder, ia3)
+    return AdapterWeights(ia3=ia3)
 
 
 def _ia3_vector(folder: Folder, name: str, vector: Tensor) -> Ia3Vector:
@@ -295,6 +296,15 @@ def _matches(folder: Folder, pattern: re.Pattern[str], kind: str) -> Iterable[tu
         if match is None:
             raise folder.error(f"the tensor {key!r} is not {kind}. Merge the adapter instead.")
         yield key, match
+
+
+def _check_whole(folder: Folder, found: Container[str]) -> None:
+    """A file can be a valid one and still have lost layers: the model would be half adapted, without any error."""
+    for name in adapted_modules(folder.config, folder.shape.modules):
+        if name not in found:
+            raise folder.error(
+                f"it has no weights for {name}, which its target_modules name. Copy it again, or train it again."
+            )
 
 
 def _sizes(folder: Folder, name: str) -> tuple[int, int]:

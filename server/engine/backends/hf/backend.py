@@ -171,7 +171,7 @@ class HfBackend:
         self._adapters.attach(adapter.id, weights)
 
     @torch.inference_mode()
-    def probe_adapter(self, adapter_id: str) -> None:
+    def probe_adapter(self, adapter_id: str) -> bool:
         """Compares the logits of a few fixed tokens, which no sequence sees."""
         slot = self._adapters.slots[adapter_id]
         cells, without = self._adapters.cells(slot), Part(self._scratch_row, 0, probe_ids(self.model.vocab_size))
@@ -180,6 +180,7 @@ class HfBackend:
             raise not_a_number()
         if torch.equal(found, probe_logits(self._network, self._store, without, None)):
             raise no_effect(self.model.dtype)
+        return True
 
     @torch.inference_mode()
     def unload_adapter(self, adapter_id: str) -> None:

@@ -1,12 +1,14 @@
-"""Our options -> vLLM's AsyncEngineArgs. Every name is checked: what vLLM does not know is refused, not dropped."""
+"""Our options -> vLLM's configuration. Every name is checked: what vLLM does not know is refused, not dropped."""
 
 import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 
 from server.engine.backends.vllm.options import VllmOptions
 from server.errors import ConfigError
@@ -44,6 +46,7 @@ OWNED = {
     "disable_log_stats": "leave it out: /metrics needs them",
     "enable_log_requests": "leave it out: requests are never logged",
     "max_num_queued_reqs": "set QLOOP_MAX_QUEUE",
+    "max_num_queued_tokens": "set QLOOP_MAX_QUEUE",
     "stream_interval": "leave it out: every token is sent",
 }
 
@@ -52,6 +55,18 @@ def weights_type(config: Any) -> str:
     """Of vLLM's ModelConfig, in our words: its quantization, or bf16, fp16, fp32."""
     name = str(config.quantization or config.dtype).removeprefix("torch.")
     return NAMES.get(name, name)
+
+
+def engine_config(options: VllmOptions) -> VllmConfig:
+    """Raises ConfigError for whatever vLLM does not accept.
+
+    As for vLLM's own server: for other contexts it makes the batches of large GPUs much smaller.
+    """
+    arguments = engine_arguments(options)
+    try:
+        return arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    except (ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
+        raise ConfigError(f"vLLM refuses to serve {options.model_path} with these settings: {error}") from error
 
 
 def engine_arguments(options: VllmOptions) -> AsyncEngineArgs:

@@ -4,6 +4,7 @@
 has none. Each choice of a request is one of vLLM's requests, as vLLM itself does it.
 """
 
+import asyncio
 import logging
 import math
 import time
@@ -28,6 +29,8 @@ log = logging.getLogger("qloop.engine")
 
 STEP_WAIT_S = 0.1  # a step without news returns after this, so that heartbeats are never late
 PROBE_SIZE = 16  # tokens
+FIRST_PROBE_S = 0.3  # an idle engine is done by then
+LATER_PROBE_S = 0.02  # a look
 MUCH = 0.25  # nat: no batch's rounding changes a log probability by this much
 UNSUPPORTED = ("num_beams", "no_repeat_ngram_size")  # the hf backend has both
 
@@ -41,6 +44,7 @@ class VllmBackend:
         self._news: list[SequenceOutput] = []
         self._failure: Exception | None = None
         self._loras: dict[str, LoRARequest] = {}
+        self._probes: dict[str, asyncio.Task[None]] = {}  # by adapter id; vLLM computes them between everything else
         self._base_scores: list[float] = []  # of the last time that the base was probed
         self._prompt_tokens = self._generated_tokens = self._num_aborted = self._cached_tokens = 0
 
@@ -74,6 +78,7 @@ class VllmBackend:
             weights_hash=hash_of_weights,
             unsupported_params=UNSUPPORTED,
             has_metrics=True,
+            max_adapter_rank=options.max_lora_rank,
         )
         return self.model
 
@@ -90,13 +95,14 @@ class VllmBackend:
         self._live.update((sequence.key, sequence) for sequence in sequences)
         try:
             self._runtime.add(sequences, self.model, lora)
-        except RequestRefused as refused:
-            self._news += [sequence.end(FinishReason.ERROR, refused.message) for sequence in self._take_out(sequences)]
+        except RequestRefused:
+            self.abort(request.request_id)
+            raise
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        matching = self._matching(lambda s: s.request.request_id == request_id and index in (None, s.index))
-        gone = {sequence.key for sequence in self._take_out(matching)}
-        self._news = [news for news in self._news if (news.request_id, news.index) not in gone]
+        gone = self._take_out(self._matching(lambda s: _is_of(s.request.request_id, s.index, request_id, index)))
+        # Also of those that have finished in vLLM's loop meanwhile, and are not known here any more.
+        self._news = [news for news in self._news if not _is_of(news.request_id, news.index, request_id, index)]
         self._num_aborted += len(gone)
 
     def step(self) -> list[SequenceOutput]:
@@ -155,21 +161,37 @@ class VllmBackend:
                 raise
             raise AdapterError(f"{path}: vLLM cannot load it: {error}") from error
 
-    def probe_adapter(self, adapter_id: str) -> None:
-        """Compares the log probabilities of a few fixed tokens with and without it."""
-        found = self._score(self._loras[adapter_id])
+    def probe_adapter(self, adapter_id: str) -> bool:
+        """Compares the log probabilities of a few fixed tokens with and without it.
+
+        With every slot taken vLLM may come to it only after many steps, and outputs must not wait for it.
+        """
+        probe = self._probes.get(adapter_id)
+        patience_s = LATER_PROBE_S if probe else FIRST_PROBE_S
+        if probe is None:
+            probe = self._probes[adapter_id] = self._runtime.begin(self._probe(self._loras[adapter_id]))
+        if not self._runtime.is_done(probe, patience_s):
+            return False
+        self._probes.pop(adapter_id).result()
+        return True
+
+    async def _probe(self, lora: "LoRARequest") -> None:
+        """Raises AdapterError."""
+        found = await self._score(lora)
         if any(map(math.isnan, found)):
             raise not_a_number()
         if self._base_scores and _differ(found, self._base_scores):
             return
-        self._base_scores = self._score(None)
+        self._base_scores = await self._score(None)
         if found == self._base_scores:
             raise no_effect(self.model.dtype)
 
-    def _score(self, lora: "LoRARequest | None") -> list[float]:
-        return self._runtime.score(PROBE_SIZE, self.model.vocab_size, lora)
+    async def _score(self, lora: "LoRARequest | None") -> list[float]:
+        return await self._runtime.score(PROBE_SIZE, self.model.vocab_size, lora)
 
     def unload_adapter(self, adapter_id: str) -> None:
+        if (probe := self._probes.pop(adapter_id, None)) is not None:
+            self._runtime.cancel(probe)
         lora = self._loras.pop(adapter_id, None)
         if lora is not None:
             self._runtime.remove_lora(lora)
@@ -226,6 +248,10 @@ class VllmBackend:
         self._live.pop(sequence.key, None)
         if not self._live:
             self._runtime.progress.running.clear()  # what it says next is of requests yet to come
+
+
+def _is_of(request_id: str, index: int, wanted_id: str, wanted_index: int | None) -> bool:
+    return request_id == wanted_id and wanted_index in (None, index)
 
 
 def _differ(found: list[float], before: list[float]) -> bool:

@@ -22,7 +22,7 @@ class VllmOptions:
     gpu_memory_utilization: float = 0.9
     kv_cache_gib: float = 2.0  # on CPUs
     max_model_len: int | None = None  # None: the model's own, or what the KV memory holds
-    max_num_seqs: int = 128
+    max_num_seqs: int | None = None  # None: what vLLM finds right for the device
     max_logprobs: int = 20
     enforce_eager: bool = False
     prefix_cache: bool = True

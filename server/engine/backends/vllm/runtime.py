@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm.envs import enable_envs_cache
+from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams as VllmParams
-from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.engine.backends.base import RequestRefused
-from server.engine.backends.vllm.arguments import engine_arguments
+from server.engine.backends.vllm.arguments import engine_config
 from server.engine.backends.vllm.leash import Leash
 from server.engine.backends.vllm.metrics import VllmMetrics
 from server.engine.backends.vllm.options import VllmOptions
@@ -32,13 +32,13 @@ from server.engine.backends.vllm.progress import Progress, ProgressLogger
 from server.engine.backends.vllm.sampling import check_params, vllm_params
 from server.engine.backends.vllm.sequence import Sequence
 from server.engine.messages import Generate, ModelInfo
-from server.errors import ConfigError
 
 log = logging.getLogger("qloop.engine")
 
 HUNG_AFTER_S = 300.0  # as vLLM's own limit for one step of a worker (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
 SHUTDOWN_S = 5.0
 CPU_NICENESS = 5
+PROBE_PRIORITY = -(2**31) - 1  # lower is sooner; the API's numbers have 32 bits
 T = TypeVar("T")
 
 
@@ -53,11 +53,7 @@ class Runtime:
         self._loop = asyncio.new_event_loop()
         self._news: asyncio.Future[None] | None = None
         self._is_interrupted = False
-        arguments = engine_arguments(options)
-        try:
-            config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        except (ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
-            raise ConfigError(f"vLLM refuses to serve {options.model_path} with these settings: {error}") from error
+        config = engine_config(options)
         config.additional_config = Leash(config.additional_config, CPU_NICENESS if current_platform.is_cpu() else 0)
         self._engine = self._run(self._start(config))
         self.config = self._engine.vllm_config
@@ -99,9 +95,30 @@ class Runtime:
     def remove_lora(self, lora: LoRARequest) -> None:
         self._run(self._engine.remove_lora(lora.lora_int_id))
 
-    def score(self, size: int, vocab_size: int, lora: LoRARequest | None) -> list[float]:
-        """Log probabilities of `size` fixed tokens, all but the first, without touching any prefix cache."""
-        return self._run(self._score([(37 * i + 11) % vocab_size for i in range(size)], lora))
+    async def score(self, size: int, vocab_size: int, lora: LoRARequest | None) -> list[float]:
+        """Log probabilities of `size` fixed tokens, all but the first, without touching any prefix cache; before every
+        user's request. For `begin`."""
+        prompt = tokens_input([(37 * i + 11) % vocab_size for i in range(size)])
+        params = VllmParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        name = "probe" if lora is None else f"probe-{lora.lora_int_id}"
+        flat: Any = None
+        async for output in self._engine.generate(prompt, params, name, lora_request=lora, priority=PROBE_PRIORITY):
+            flat = output.prompt_logprobs
+        return list(flat.logprobs)
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """It goes on whenever the loop runs, beside the requests."""
+        return self._loop.create_task(work)
+
+    def is_done(self, task: asyncio.Task[Any], limit_s: float) -> bool:
+        """Waits at most `limit_s` for it."""
+        self._run(asyncio.wait({task}, timeout=limit_s))
+        return task.done()
+
+    def cancel(self, task: asyncio.Task[Any]) -> None:
+        """vLLM has heard of it when this returns."""
+        task.cancel()
+        self._run(asyncio.wait({task}))
 
     @property
     def is_lost(self) -> bool:
@@ -148,17 +165,10 @@ class Runtime:
     def _try_out(self) -> None:
         """Kernels that cannot compute this model show it only now, and would take the engine core down later."""
         try:
-            self.score(2, self.config.model_config.get_vocab_size(), None)
+            self._run(self.score(2, self.config.model_config.get_vocab_size(), None))
         except EngineDeadError as error:
             self.close()
             raise EngineCoreLost("vLLM cannot compute this model; its log lines above say why") from error
-
-    async def _score(self, prompt: list[int], lora: LoRARequest | None) -> list[float]:
-        params = VllmParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
-        flat: Any = None
-        async for output in self._engine.generate(tokens_input(prompt), params, "probe", lora_request=lora):
-            flat = output.prompt_logprobs
-        return list(flat.logprobs)
 
     async def _add(self, sequences: Seq[Sequence], model: ModelInfo, lora: LoRARequest | None) -> None:
         for sequence in sequences:
@@ -171,7 +181,7 @@ class Runtime:
                     lora_request=lora,
                     priority=request.priority,
                 )
-            except ValueError as error:
+            except (ValueError, VLLMClientError) as error:  # the latter is no ValueError
                 raise RequestRefused("invalid_request", str(error)) from error
             sequence.vllm_id = collector.request_id
             self._redirect(collector, sequence)

@@ -10,6 +10,9 @@ from server.engine.messages import Generate, ModelInfo
 
 WHOLE_VOCABULARY = -1
 MAX_SCORED_TOKENS = 16
+# Of the second of vLLM's two samplers, which GPUs have. It checks them too late: its engine core would end.
+MAX_LOGIT_BIAS = 1024
+MAX_STOPS_HELD_BACK = 128
 
 
 def check_params(request: Generate, model: ModelInfo) -> None:
@@ -28,6 +31,14 @@ def check_params(request: Generate, model: ModelInfo) -> None:
             f"the whole vocabulary for each: lower max_tokens ({params.max_tokens}), or serve with QLOOP_ENGINE=hf.",
             "logprob_token_ids",
         )
+    if len(params.logit_bias) > MAX_LOGIT_BIAS:
+        message = (
+            f"logit_bias can name at most {MAX_LOGIT_BIAS} tokens on the vllm engine, not {len(params.logit_bias)}."
+        )
+        raise RequestRefused(INVALID, message, "logit_bias")
+    if params.min_tokens and (count := len(set(_stops(request, model)))) > MAX_STOPS_HELD_BACK:
+        message = f"min_tokens on the vllm engine goes with at most {MAX_STOPS_HELD_BACK} stop token ids, not {count}."
+        raise RequestRefused(INVALID, message, "stop_token_ids")
     try:
         vllm_params(request, 0, model)
     except VLLMValidationError as error:
@@ -42,7 +53,6 @@ def vllm_params(request: Generate, index: int, model: ModelInfo) -> VllmParams:
     of the batch: then the whole vocabulary is asked for.
     """
     params = request.params
-    stops = (*params.stop_token_ids, *(() if params.ignore_eos else model.stop_token_ids))
     return VllmParams(
         max_tokens=max(params.max_tokens, 1),  # it computes at least one; the backend drops it
         min_tokens=params.min_tokens,
@@ -54,8 +64,8 @@ def vllm_params(request: Generate, index: int, model: ModelInfo) -> VllmParams:
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         logit_bias=params.logit_bias or None,
-        seed=None if params.seed is None else params.seed + index,
-        stop_token_ids=list(stops),
+        seed=None if params.seed is None else _seed(params.seed + index),
+        stop_token_ids=_stops(request, model),
         ignore_eos=True,
         logprobs=WHOLE_VOCABULARY if params.logprob_token_ids else params.logprobs,
         prompt_logprobs=params.prompt_logprobs if index == 0 else None,
@@ -64,3 +74,13 @@ def vllm_params(request: Generate, index: int, model: ModelInfo) -> VllmParams:
         output_kind=RequestOutputKind.DELTA,
         skip_clone=True,  # nobody else has this object
     )
+
+
+def _stops(request: Generate, model: ModelInfo) -> list[int]:
+    return [*request.params.stop_token_ids, *(() if request.params.ignore_eos else model.stop_token_ids)]
+
+
+def _seed(seed: int) -> int:
+    """Of 64 bits with a sign, as vLLM keeps it; -1, which means none to vLLM, becomes another."""
+    folded = (seed + 2**63) % 2**64 - 2**63
+    return folded if folded != -1 else 2**63 - 1

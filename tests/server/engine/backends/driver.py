@@ -76,5 +76,13 @@ def run(backend: Backend, *requests: Generate) -> Texts:
     return finish(backend)
 
 
+def step_until_running(backend: Backend, count: int, texts: Texts) -> None:
+    """A step may bring nothing yet where another process computes."""
+    give_up = time.monotonic() + 10
+    while backend.stats.num_running < count:
+        assert time.monotonic() < give_up, f"never {count} sequences running"
+        collect(backend.step(), texts)
+
+
 def adapter_info(name: str) -> AdapterInfo:
     return AdapterInfo(name=name, revision="0" * 12, is_current=True, rank=4, created=0, int_id=next(INT_IDS))

@@ -163,6 +163,11 @@ FAULTS: dict[str, Fault] = {
     "empty file": (LORA, lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""), "cut short"),
     "no tensors": (LORA, edit_tensors(lambda tensors: {}), "no LORA weights"),
     "B is missing": (LORA, edit_tensors(lambda t: {k: v for k, v in t.items() if k == A}), "only lora_A"),
+    "a layer is missing": (
+        LORA,
+        edit_tensors(lambda t: {k: v for k, v in t.items() if "layers.2" not in k}),
+        "no weights for model.layers.2.self_attn.q_proj",
+    ),
     "on an embedding": (LORA, edit_tensors(lambda t: t | {"model.x.lora_embedding_A": t[A].clone()}), "embedding"),
     "unknown module": (
         LORA,
@@ -186,6 +191,11 @@ FAULTS: dict[str, Fault] = {
         IA3,
         edit_tensors(lambda t: {k.replace("k_proj", "key"): v for k, v in t.items()}),
         "no linear layer 'model.layers.0.self_attn.key'",
+    ),
+    "IA3: a layer is missing": (
+        IA3,
+        edit_tensors(lambda t: {k: v for k, v in t.items() if "layers.2" not in k}),
+        "no weights for model.layers.2.self_attn.k_proj",
     ),
     "IA3: infinity": (IA3, edit_tensor(L, lambda t: t / 0), "infinity"),
     "IA3: modules_to_save": (IA3, edit_config(modules_to_save=["lm_head"]), "modules_to_save"),

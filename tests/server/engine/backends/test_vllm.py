@@ -12,7 +12,16 @@ from server.engine.backends.base import AdapterError, RequestRefused
 from server.engine.backends.vllm import VllmBackend
 from server.engine.messages import FinishReason
 from server.errors import ConfigError
-from tests.server.engine.backends.driver import Texts, adapter_info, ask, collect, finish, run, submit
+from tests.server.engine.backends.driver import (
+    Texts,
+    adapter_info,
+    ask,
+    collect,
+    finish,
+    run,
+    step_until_running,
+    submit,
+)
 from tests.server.engine.backends.folders import MAX_POSITIONS, greedy_with_gaps, write_adapter
 from tests.server.engine.backends.folders import assert_agrees as assert_same_text
 from tests.server.engine.backends.vllm_matrix import ENGINES, SHAPES, run_family
@@ -203,6 +212,113 @@ def test_given_ids_leave_other_requests_logprobs_alone(backend: VllmBackend) -> 
     )
     assert [entry.top_token_ids for entry in texts["a", 0].logprobs] == [entry.top_token_ids for entry in alone]
     assert all(len(entry.given_logprobs) == 3 for entry in texts["scored", 0].logprobs)
+
+
+def test_an_abort_takes_back_what_has_just_finished(backend: VllmBackend, adapter_folder: Path) -> None:
+    """vLLM's loop runs in every call, so a sequence may end between two steps."""
+    info = adapter_info("meanwhile")
+    backend.load_adapter(info, adapter_folder)
+    submit(backend, ask(PROMPT, "over", n=2, max_tokens=1, ignore_eos=True))
+    while backend.stats.num_running + backend.stats.num_waiting:
+        backend.probe_adapter(info.id)
+    assert backend.has_work
+    backend.abort("over", 1)
+    assert [(output.request_id, output.index) for output in backend.step()] == [("over", 0)]
+    submit(backend, ask(PROMPT, "over", max_tokens=1, ignore_eos=True))
+    while backend.stats.num_running + backend.stats.num_waiting:
+        backend.probe_adapter(info.id)
+    backend.abort("over")
+    assert backend.step() == [] and not backend.has_work
+    backend.unload_adapter(info.id)
+
+
+def test_a_probe_waits_for_a_slot_while_answers_go_on(backend: VllmBackend, adapter_folder: Path) -> None:
+    num_tokens = MAX_POSITIONS - len(PROMPT)
+    at_once = backend.model.max_num_seqs
+    submit(backend, *(ask(PROMPT, str(i), n=at_once, max_tokens=num_tokens, ignore_eos=True) for i in range(2)))
+    texts: Texts = {}
+    step_until_running(backend, at_once, texts)
+    info = adapter_info("patient")
+    backend.load_adapter(info, adapter_folder)
+    num_looks = 1
+    while not backend.probe_adapter(info.id):
+        num_looks += 1
+        collect(backend.step(), texts)
+    assert num_looks > 2
+    assert sum(text.finish_reason is not None for text in texts.values()) <= at_once, "it waited for the queue, too"
+    finish(backend, texts)
+    assert {len(text.token_ids) for text in texts.values()} == {num_tokens}
+    backend.unload_adapter(info.id)
+
+
+def test_unloading_ends_a_probe(backend: VllmBackend, adapter_folder: Path) -> None:
+    submit(backend, ask(PROMPT, n=backend.model.max_num_seqs, max_tokens=300, ignore_eos=True))
+    texts: Texts = {}
+    step_until_running(backend, backend.model.max_num_seqs, texts)
+    info = adapter_info("gone")
+    backend.load_adapter(info, adapter_folder)
+    assert not backend.probe_adapter(info.id)
+    backend.unload_adapter(info.id)
+    assert {len(text.token_ids) for text in finish(backend, texts).values()} == {300}
+    assert free_run(backend) == free_run(backend)
+
+
+def test_what_vllm_refuses_late_is_a_refusal(backend: VllmBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a speculative model: vLLM checks that against a request only when it takes it, by an error of its own."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    take, calls = AsyncLLM.add_request, []
+
+    async def take_one(self: AsyncLLM, *arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise VLLMValidationError("min_p is not supported here", parameter="min_p")
+        return await take(self, *arguments, **options)
+
+    monkeypatch.setattr(AsyncLLM, "add_request", take_one)
+    with pytest.raises(RequestRefused, match="min_p is not supported"):
+        submit(backend, ask(PROMPT, n=2, max_tokens=4))
+    assert len(calls) == 2 and not backend.has_work
+    monkeypatch.undo()
+    assert finish(backend) == {} and len(free_run(backend)) == 12
+
+
+@pytest.mark.parametrize(
+    ("parameters", "param"),
+    [
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias"),
+        ({"min_tokens": 1, "stop_token_ids": tuple(range(129))}, "stop_token_ids"),
+    ],
+)
+def test_what_would_end_the_engine_core_on_a_gpu_is_refused(
+    parameters: dict[str, object], param: str, backend: VllmBackend
+) -> None:
+    with pytest.raises(RequestRefused) as caught:
+        backend.check(ask(PROMPT, max_tokens=4, **parameters))
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(("seed", "index", "expected"), [(7, 1, 8), (2**63 - 1, 1, -(2**63)), (-2, 1, 2**63 - 1)])
+def test_seeds_stay_numbers_of_64_bits_that_mean_a_seed(
+    seed: int, index: int, expected: int, backend: VllmBackend
+) -> None:
+    from server.engine.backends.vllm.sampling import vllm_params
+
+    assert vllm_params(ask(PROMPT, seed=seed), index, backend.model).seed == expected
+
+
+def test_batches_are_as_large_as_those_of_vllms_own_server(model_folder: Path) -> None:
+    """vLLM's defaults depend on who asks; for two devices they differ on CPUs, too."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from server.engine.backends.vllm.arguments import engine_config
+
+    scheduler = engine_config(tiny_options(model_folder, tensor_parallel_size=2, max_num_seqs=None)).scheduler_config
+    tokens, sequences = AsyncEngineArgs.get_batch_defaults(2)
+    assert scheduler.max_num_batched_tokens == tokens[UsageContext.OPENAI_API_SERVER] == 4096
+    assert scheduler.max_num_seqs == sequences[UsageContext.OPENAI_API_SERVER]
 
 
 def test_max_tokens_zero_counts_no_token(backend: VllmBackend) -> None:
