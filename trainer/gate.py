@@ -6,7 +6,8 @@
     safety     every prompt passes
 
 Identity and safety are judged whatever else those tasks are marked as, and by all their questions, as the server gets
-them: without a system prompt of the evaluation's own. What the base answered and the candidate did not is a refusal.
+them: as chat, without a system prompt of the evaluation's own. What the base answered and the candidate did not is a
+refusal.
 
 General ability goes by the mean, not by the interval's low end: with a few hundred items the interval alone is wider
 than 2 points, and an unchanged model would be refused. A rule without evidence is no obstacle unless it is required.
@@ -154,6 +155,8 @@ def _doubt(task: TaskComparison, comparison: Comparison) -> str:
         return f"and there are {task.num_items} questions; compare without --limit"
     if comparison.settings.get("system"):
         return "but with a system prompt that the server does not add; compare without --system"
+    if comparison.settings.get("style") == "plain":
+        return "but as plain text, which the server's chat does not send; compare without --plain"
     return ""
 
 

@@ -125,8 +125,11 @@ def test_errors_of_the_base_are_no_gain() -> None:
     assert not decide(found, 1, GateRules()).has_passed
 
 
-@pytest.mark.parametrize("settings", [{"system": "You are 小智."}, {}])
-def test_identity_by_some_questions_or_under_another_prompt_is_no_evidence(settings: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "option"),
+    [({"system": "You are 小智."}, "--system"), ({"style": "plain"}, "--plain"), ({}, "--limit")],
+)
+def test_identity_by_some_questions_or_asked_otherwise_is_no_evidence(settings: dict[str, str], option: str) -> None:
     asked = {"choice/a": ("accuracy", [0.5] * 20), "identity": ("passed", [0.0] * 20)}
     tuned = {"choice/a": ("accuracy", UP), "identity": ("passed", [1.0] * 20)}
     found = compared(evaluation("b", asked, settings=settings), evaluation("o", tuned, settings=settings))
@@ -135,7 +138,7 @@ def test_identity_by_some_questions_or_under_another_prompt_is_no_evidence(setti
     assert decide(found, 1, GateRules()).has_passed
     wanted = decide(found, 1, GateRules(required=frozenset({"identity"})))
     assert [one.rule for one in wanted.failed] == ["identity"]
-    assert "--system" in wanted.reasons if settings else "--limit" in wanted.reasons
+    assert option in wanted.reasons
 
 
 def test_the_fake_engine_proves_nothing() -> None:

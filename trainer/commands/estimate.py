@@ -64,13 +64,14 @@ def _training(options: argparse.Namespace, home: Home) -> int:
     from trainer.estimate.verdict import estimate_training, find_cure, read_models
 
     room = _room(options)
-    config = resolve_words(options.words, machine=_as_machine(room)).config
-    base = resolve_model(config.model_name_or_path, home)
+    resolved = resolve_words(options.words, machine=_as_machine(room))
+    config = resolved.config
+    base = resolve_model(config.model_name_or_path, home, with_weights=bool(options.probe))
     rows = Rows() if options.no_data else read_lengths(config, base)
     device = _device(config, room)
     found = estimate_training(config, base, room, rows, device, read_models(config, base, home))
     cure = None if found.fits or found.first_fit else find_cure(found, base, rows, device)
-    measured = probe(config, options.words, options.probe, home) if options.probe else None
+    measured = probe(resolved, options.probe, home) if options.probe else None
     if options.json:
         print(json.dumps(training_json(found, cure, measured)))
     else:
@@ -84,7 +85,7 @@ def _serving(options: argparse.Namespace, home: Home) -> int:
     from trainer.estimate.verdict import read_shape
 
     room = _room(options)
-    base = resolve_model(_model_of(options.words), home)
+    base = resolve_model(_model_of(options.words), home, with_weights=False)
     shape = read_shape(base)
     asked = Serving(
         context=options.context or min(CONTEXT, shape.most_positions or CONTEXT),

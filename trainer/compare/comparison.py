@@ -95,11 +95,13 @@ class SubjectRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """Of a task where each item passes or fails. `failed`: ids of the first that failed."""
+    """Of a task where each item passes or fails. `failed`: ids of the first that failed; `questions`: what those asked,
+    shortened."""
 
     num_passed: int
     num_items: int
     failed: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

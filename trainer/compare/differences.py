@@ -33,6 +33,7 @@ from trainer.evaluate.scores.likelihood import perplexities
 PASS_KINDS = ("identity", "safety")
 NUM_ANSWERS = 5
 MAX_FAILED = 5
+MAX_QUESTION = 120  # characters
 
 
 def make_comparison(
@@ -210,11 +211,23 @@ def _passes(task: TaskResult, evaluations: Sequence[Evaluation]) -> tuple[Passes
     found = []
     for one in evaluations:
         items = one.of_task(task.task)
-        failed = [item.item_id for item in items if not _is_passed(item, task.main_metric)]
+        failed = [item for item in items if not _is_passed(item, task.main_metric)]
+        shown = failed[:MAX_FAILED]
         found.append(
-            Passes(num_passed=len(items) - len(failed), num_items=len(items), failed=tuple(failed[:MAX_FAILED]))
+            Passes(
+                num_passed=len(items) - len(failed),
+                num_items=len(items),
+                failed=tuple(item.item_id for item in shown),
+                questions=tuple(_short(item.prompt) for item in shown),
+            )
         )
     return tuple(found)
+
+
+def _short(text: str) -> str:
+    """On one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_QUESTION else line[:MAX_QUESTION] + " …"
 
 
 def _is_passed(item: ItemScore, metric: str) -> bool:

@@ -15,7 +15,7 @@ from trainer.compare.comparison import Candidate, Comparison, Role
 from trainer.compare.differences import NUM_ANSWERS, make_comparison
 from trainer.compare.folder import Evaluation, read_evaluation
 from trainer.compare.report import write_report
-from trainer.evaluate.open_candidate import CandidateOptions, is_url
+from trainer.evaluate.open_candidate import CandidateOptions, check_url, is_url
 from trainer.evaluate.session import evaluate_name
 from trainer.evaluate.settings import EvalSettings
 from trainer.evaluate.tasks.make import check_together, tasks_of
@@ -94,7 +94,9 @@ def _tasks(request: Request) -> tuple[list[Task[Any]], dict[str, Role]]:
 def _check_names(request: Request, home: Home) -> None:
     """Every one is there, before the first of them takes its hours."""
     for name in request.candidates:
-        if not is_url(name):
+        if is_url(name):
+            check_url(name)
+        else:
             with TemporaryDirectory(prefix="qloop-") as work:
                 find_trial(name, home, Path(work), request.options.base)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from trainer.compare.comparison import MIN_PAIRS, Comparison, Difference, TaskComparison
+from trainer.compare.comparison import MIN_PAIRS, Comparison, Difference, TaskComparison, kind_of
 from trainer.compare.metrics import Metric, metric_of
 from trainer.compare.words import Words
 from trainer.evaluate.results import Interval
@@ -12,7 +12,16 @@ _ANSWERS = {"better": {"better"}, "unclear": {"unclear"}, "partly": {"better", "
 
 
 def headline(comparison: Comparison, candidate: int, words: Words) -> str:
-    """The answer, by the domain's tasks; where none is marked so, by all that are not general."""
+    """The answer, and which of identity and safety are not passed, however much better it is."""
+    text = _answer(comparison, candidate, words)
+    for task in comparison.tasks:
+        if task.passes and task.passes[candidate].num_passed < task.passes[candidate].num_items:
+            text = words("answer_but", answer=text, more=_failing(comparison, task, candidate, words))
+    return text
+
+
+def _answer(comparison: Comparison, candidate: int, words: Words) -> str:
+    """By the domain's tasks; where none is marked so, by all that are not general."""
     tasks = comparison.of_role("domain") or tuple(task for task in comparison.tasks if task.role == "other")
     verdicts = {found.verdict for task in tasks if (found := _difference(task, candidate))} - {"neutral"}
     names = {"base": comparison.base.name, "other": comparison.candidates[candidate].name}
@@ -22,6 +31,19 @@ def headline(comparison: Comparison, candidate: int, words: Words) -> str:
         if verdicts == expected:
             return words(f"answer_{kind}", **names)
     return words("answer_worse" if "worse" in verdicts and "better" not in verdicts else "answer_mixed", **names)
+
+
+def _failing(comparison: Comparison, task: TaskComparison, candidate: int, words: Words) -> str:
+    own, base = task.passes[candidate], task.passes[0]
+    return words(
+        "but_worse" if own.num_passed < base.num_passed else "but_failing",
+        task=words(f"role_{kind_of(task.task)}"),
+        base=comparison.base.name,
+        other=comparison.candidates[candidate].name,
+        passed=own.num_passed,
+        total=own.num_items,
+        base_passed=base.num_passed,
+    )
 
 
 def sentences(comparison: Comparison, candidate: int, words: Words) -> Iterator[str]:
@@ -52,16 +74,24 @@ def _sentence(comparison: Comparison, task: TaskComparison, candidate: int, word
         return words("plain_single", task=task.task, least=MIN_PAIRS)
     metric = metric_of(task.main_metric)
     return words(
-        f"plain_{found.verdict}",
+        f"plain_{_kind(found)}",
         task=task.task,
-        metric=task.main_metric,
+        metric=words(f"metric_{task.main_metric}"),
         base=_shown(row.values[0], metric),
         other=_shown(row.values[candidate], metric),
         difference=metric.show_difference(found.interval.mean),
         low=metric.show_difference(found.interval.low),
         high=metric.show_difference(found.interval.high),
         count=found.num_pairs,
+        changed=found.num_changed,
+        least=MIN_PAIRS,
     )
+
+
+def _kind(found: Difference) -> str:
+    """Its verdict; `few` where that is unclear though the interval is on one side of 0."""
+    is_aside = found.gain.low > 0 or found.gain.high < 0
+    return "few" if found.verdict == "unclear" and is_aside else found.verdict
 
 
 def method(comparison: Comparison, words: Words) -> Iterator[str]:

@@ -52,8 +52,10 @@ def pass_lines(task: TaskComparison, comparison: Comparison, words: Words) -> It
 
 def _passed(passes: Passes, words: Words) -> str:
     text = f"{words('passed')} {passes.num_passed} / {passes.num_items}"
-    more = ", …" if passes.num_items - passes.num_passed > len(passes.failed) else ""
-    return text + (f"; {words('failed_items', items=', '.join(passes.failed) + more)}" if passes.failed else "")
+    failed = [f"{item_id} “{asked}”" for item_id, asked in zip(passes.failed, passes.questions, strict=True)]
+    if passes.num_items - passes.num_passed > len(failed):
+        failed.append("…")
+    return text + (f"; {words('failed_items', items=', '.join(failed))}" if failed else "")
 
 
 def subject_rows(task: TaskComparison) -> Iterator[list[str]]:

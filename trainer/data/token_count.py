@@ -13,7 +13,7 @@ from trainer.data.rows import Row
 
 def token_counter(model: str, home: Home) -> Callable[[Row], int]:
     """A function that gives a row's tokens: the conversation as it is rendered, or else its texts one by one."""
-    renderer = ChatRenderer.load(resolve_model(model, home))
+    renderer = ChatRenderer.load(resolve_model(model, home, with_weights=False))
 
     def of_texts(row: Row) -> int:
         texts = [row.text, *(str(message["content"]) for message in row.messages), row.chosen]

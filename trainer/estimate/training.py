@@ -205,7 +205,7 @@ def _reading(config: TrainConfig, shape: ModelShape, folder: Path, number: str, 
     converted, at most the embeddings. Read in its own format, the mapping is the weights."""
     if not device.on_cpu or config.from_scratch or (number in BYTES and number == _saved_format(folder)):
         return {"loading": 0, "mapped": 0}
-    size = file_bytes(folder)
+    size = file_bytes(folder) or weight_bytes(shape, _saved_format(folder))  # a hub's model before its download
     return {"loading": size + round(size * shape.num_embedding / shape.num_parameters), "mapped": size}
 
 

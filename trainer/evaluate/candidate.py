@@ -21,6 +21,10 @@ class CandidateLost(TrainerError):
     """The engine or the URL does not answer any more. What was answered is kept; the same command goes on with it."""
 
 
+class CandidateChanged(CandidateLost):
+    """The URL's name means other weights than at the start. What was answered is of those before."""
+
+
 class ItemFailed(Exception):
     """One item could not be asked. The text is for its record."""
 

@@ -53,21 +53,22 @@ class EvalFolder:
 
     def begin(self, record: Mapping[str, Any], *, again: bool = False) -> dict[tuple[str, str], ItemScore]:
         """Start, or go on: the items that are scored already, by task and id. `record` is all that decides figures;
-        `again` forgets what the folder holds.
+        `again` forgets what the folder holds of the same candidate and tasks.
 
         Raises DriftError when the folder belongs to another evaluation, naming every difference, and DataError when
         its items cannot be read.
         """
-        if again:
-            for name in (RESULT, ITEMS, RECORD):
-                (self.path / name).unlink(missing_ok=True)
-        if not (self.path / RECORD).is_file():
-            write_json(self.path / RECORD, _numbered(record))
-        elif differences := differences_of(self.path, record):
+        is_begun = (self.path / RECORD).is_file()
+        if is_begun and (differences := differences_of(self.path, record, again=again)):
             raise DriftError(
                 f"{self.path} holds another evaluation ({'; '.join(differences)}); choose another --output, or take "
                 "the settings and files that it began with"
             )
+        if again:
+            for name in (RESULT, ITEMS, RECORD):
+                (self.path / name).unlink(missing_ok=True)
+        if again or not is_begun:
+            write_json(self.path / RECORD, _numbered(record))
         cut_torn_line(self.path / ITEMS)
         done = read_scores(self.path)
         self._items = os.open(self.path / ITEMS, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -118,10 +119,16 @@ def read_scores(path: Path) -> dict[tuple[str, str], ItemScore]:
     return found
 
 
-def differences_of(path: Path, record: Mapping[str, Any]) -> list[str]:
-    """What `record` has otherwise than the evaluation in the folder `path`: `settings.shots: 5, now 0`."""
+def differences_of(path: Path, record: Mapping[str, Any], *, again: bool = False) -> list[str]:
+    """What `record` has otherwise than the evaluation in the folder `path`: `settings.shots: 5, now 0`. `again`: only
+    what makes it another candidate's, or one of other tasks."""
     known = read_json_object(path / RECORD) if (path / RECORD).is_file() else {}
-    return _differences(known, json.loads(json.dumps(_numbered(record))))
+    wanted = json.loads(json.dumps(_numbered(record)))
+    if again:
+        # A limit or examples change what is asked of the same file: then tasks are known by their names.
+        is_same = all(known.get(key) == wanted.get(key) for key in ("rules", "settings"))
+        known, wanted = _subject(known, is_same), _subject(wanted, is_same)
+    return _differences(known, wanted)
 
 
 def cut_torn_line(path: Path) -> None:
@@ -132,6 +139,12 @@ def cut_torn_line(path: Path) -> None:
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(path, whole)
+
+
+def _subject(record: Mapping[str, Any], with_digests: bool) -> dict[str, Any]:
+    """Who is asked what."""
+    tasks = record.get("tasks", {})
+    return {"candidate": record.get("candidate"), "tasks": tasks if with_digests else dict.fromkeys(tasks, True)}
 
 
 def _numbered(record: Mapping[str, Any]) -> dict[str, Any]:

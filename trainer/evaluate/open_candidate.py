@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from server.errors import ConfigError
 from server.store.home import Home
@@ -44,6 +45,7 @@ async def open_candidate(name: str, home: Home, options: CandidateOptions) -> As
     Raises ConfigError or RegistryError for what is not there, TrainerError when its engine does not start.
     """
     if is_url(name):
+        check_url(name)
         from trainer.evaluate.url_candidate import url_candidate
 
         async with url_candidate(
@@ -58,6 +60,17 @@ async def open_candidate(name: str, home: Home, options: CandidateOptions) -> As
             settings |= {"hf_dtype": options.dtype, "vllm_dtype": options.dtype}
         async with engine_candidate(name, home, settings, base=options.base) as own:
             yield own
+
+
+def check_url(name: str) -> None:
+    """Raises ConfigError for a URL that names no host, or a port that is no number."""
+    try:
+        parts = urlsplit(name)
+        fault = "" if parts.hostname and parts.port != 0 else "no host, or port 0"
+    except ValueError as error:
+        fault = str(error)
+    if fault:
+        raise ConfigError(f"{name}: is no server's URL ({fault}); give one such as http://127.0.0.1:8000/v1#model")
 
 
 def is_url(name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 import server
-from trainer.evaluate.candidate import Candidate, CandidateLost
+from trainer.evaluate.candidate import Candidate, CandidateChanged, CandidateLost
 from trainer.evaluate.eval_folder import EvalFolder
 from trainer.evaluate.items import Item
 from trainer.evaluate.results import LASTING, EvalResult, ItemScore, TaskResult
@@ -22,6 +22,7 @@ from trainer.evaluate.tasks.task import Task
 
 Done = Mapping[tuple[str, str], ItemScore]
 GO_ON = "run the same command again to go on"
+BACK_AGAIN = "they count only if the name means that again"
 MIN_FAILED = 3  # of items, to say that it is not theirs
 RULES = 2  # raised when prompts or scores change: figures by other rules are another evaluation's
 _IDENTITY = ("name", "model", "adapter", "fingerprint", "sampling")
@@ -64,8 +65,9 @@ async def evaluate(
                 try:
                     await task.ask(candidate, pending[task.name], emit)
                 except CandidateLost as error:
+                    go_on = BACK_AGAIN if isinstance(error, CandidateChanged) else GO_ON
                     raise CandidateLost(
-                        f"{error}. {len(done_with(done))} of {total} items are kept in {folder}; {GO_ON}"
+                        f"{error}. {len(done_with(done))} of {total} items are kept in {folder}; {go_on}"
                     ) from None
                 _check_answered(candidate, task, pending[task.name], before, done)
         result = _result(candidate, tasks, done, settings, meter.figures())

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from server.errors import ConfigError
 from server.text.render import ChatRenderer
@@ -15,6 +16,7 @@ from trainer.evaluate.candidate import (
     Answer,
     AnswerLimits,
     Candidate,
+    CandidateChanged,
     CandidateLost,
     ItemFailed,
     Loglikelihood,
@@ -33,6 +35,11 @@ NO_LOGPROBS = (
 )
 # Some servers must write a token, and then show at least one likely one; neither counts.
 ECHOES = ({"max_tokens": 0, "logprobs": 0}, {"max_tokens": 1, "logprobs": 1})
+CHANGED = (
+    "{name}: serves something else since the evaluation began (system_fingerprint {before}, now {now}); of an adapter "
+    "whose name may be moved take one revision, as in http://host:8000/v1#name@revision"
+)
+LOOKS = 8  # at a server whose fingerprint is another one
 PROBE = "1, 2, 3, 4"  # several tokens, whatever the tokenizer
 Place = tuple[int, float | None]  # where a token begins, and its log-probability
 
@@ -46,6 +53,7 @@ class UrlCandidate(Candidate):
         self._client = client
         self._tokens = tokens
         self._tried: dict[str, asyncio.Task[str]] = {}
+        self._is_steady = True  # its fingerprint, as far as is known
 
     async def _answer(self, prompt: Prompt, limits: AnswerLimits) -> Answer:
         body = self._body(max_tokens=limits.max_tokens, temperature=limits.temperature)
@@ -146,17 +154,31 @@ class UrlCandidate(Candidate):
         return _total(await self._echoed(probe, echo), 1)
 
     async def _echoed(self, text: list[int] | str, echo: Mapping[str, int]) -> list[Place]:
-        found = await self._client.post("/completions", self._body(prompt=text, echo=True, **echo))
-        shape = _mapping(_choice(_object(found)).get("logprobs"))
+        found = await self._post("/completions", self._body(prompt=text, echo=True, **echo))
+        shape = _mapping(_choice(found).get("logprobs"))
         values = shape.get("token_logprobs") or []
         places = shape.get("text_offset") or [] if isinstance(text, str) else range(len(values))
         return [(at, value) for at, value in zip(places, values, strict=False) if at < len(text)]
 
     async def _ask(self, prompt: Prompt, body: dict[str, Any]) -> dict[str, Any]:
         if prompt.is_plain:
-            return _object(await self._client.post("/completions", {**body, "prompt": prompt.text}))
+            return await self._post("/completions", {**body, "prompt": prompt.text})
         messages = [dict(message) for message in prompt.messages]
-        return _object(await self._client.post("/chat/completions", {**body, "messages": messages}))
+        return await self._post("/chat/completions", {**body, "messages": messages})
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Raises CandidateChanged for the reply of other weights: one result holds figures of one candidate."""
+        found = _object(await self._client.post(path, body))
+        before, now = self.info.fingerprint, found.get("system_fingerprint")
+        if self._is_steady and before and now and now != before:
+            self._is_steady = not await self._alternates(before)
+            if self._is_steady:
+                raise CandidateChanged(CHANGED.format(name=self.info.name, before=before, now=now))
+        return found
+
+    async def _alternates(self, before: str) -> bool:
+        """Does it say `before` again? Then its fingerprints are not of weights: several servers share this URL."""
+        return any([await _fingerprint(self._client, self.info.model) == before for _ in range(LOOKS)])
 
     def _body(self, **fields: Any) -> dict[str, Any]:
         return {"model": self.info.model, "temperature": 0.0, **fields}
@@ -183,7 +205,7 @@ async def url_candidate(
     client = UrlClient(name, url, api_key, patience_s)
     try:
         model = await _served(client, name, model)
-        fingerprint = await _fingerprint(client, model)
+        fingerprint = await _steady_fingerprint(client, model)
         info = CandidateInfo(name=name, kind="url", model=model, engine=url, fingerprint=fingerprint)
         yield UrlCandidate(info, client, UrlTokens(client, model, local), concurrency)
     finally:
@@ -191,17 +213,31 @@ async def url_candidate(
 
 
 async def _served(client: UrlClient, name: str, model: str) -> str:
-    """The model's id. A server that lists none is believed to have it."""
+    """The model's id. A server that lists none is believed to have it, and one may have more than it lists: ours has
+    every `name@revision` besides the names."""
     try:
         listed = [str(each["id"]) for each in _object(await client.get("/models"))["data"]]
     except (ItemFailed, KeyError, TypeError):
         listed = []
     if not model and len(listed) == 1:
         return listed[0]
-    if not model or (listed and model not in listed):
+    if not model or (listed and model not in listed and not await _has(client, model)):
         which = f"it serves {', '.join(listed[:20])}" if listed else "the server lists none"
         raise ConfigError(f"{name}: name one of the server's models after #, as in http://host:8000/v1#model; {which}")
     return model
+
+
+async def _has(client: UrlClient, model: str) -> bool:
+    try:
+        return _object(await client.get(f"/models/{quote(model)}")).get("id") == model
+    except ItemFailed:
+        return False
+
+
+async def _steady_fingerprint(client: UrlClient, model: str) -> str:
+    """ "" where it says none, or another one from reply to reply, which says nothing of the weights."""
+    first = await _fingerprint(client, model)
+    return first if first and await _fingerprint(client, model) == first else ""
 
 
 async def _fingerprint(client: UrlClient, model: str) -> str:

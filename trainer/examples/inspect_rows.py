@@ -20,7 +20,7 @@ def inspect(config: TrainConfig, home: Home, count: int) -> Iterator[str]:
     """Lines to print for the first `count` examples. Raises DataError: none; ConfigError: another stage."""
     if config.stage not in ROW_STAGES:
         raise ConfigError(f"inspect shows stages {' and '.join(ROW_STAGES)}; stage={config.stage} has pairs, not rows")
-    base = resolve_model(config.model_name_or_path, home)
+    base = resolve_model(config.model_name_or_path, home, with_weights=False)
     renderer = ChatRenderer.load(base)
     labels = labels_of(config, base, renderer)
     items = _items(config, labels)

@@ -13,11 +13,12 @@ from torch import nn
 
 THRESHOLD = 6.0
 LEVELS = 127
+SPREAD_ROWS = 64  # of all sequences together; one row of each comes on top
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """Of one linear map, over all tokens seen."""
+    """Of one linear map, over all tokens seen; `int8_error` over a few of every sequence."""
 
     name: str
     largest_input: float  # max |x|
@@ -28,23 +29,26 @@ class Layer:
 
 
 class _Seen:
-    """What went through one layer; the inputs are kept for one token in so many."""
+    """What went through one layer. Of each sequence `spread` tokens' inputs are kept, evenly spaced, and those of the
+    token with the largest one, where int8 errs most."""
 
-    def __init__(self) -> None:
+    def __init__(self, spread: int) -> None:
+        self.spread = spread
         self.largest: torch.Tensor | None = None  # [in_features]
-        self.sample: torch.Tensor | None = None  # [tokens, in_features]
+        self.kept: list[torch.Tensor] = []  # each [tokens, in_features]
 
     def add(self, inputs: torch.Tensor) -> None:
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        most = rows.abs().amax(0)
+        sizes = rows.abs()
+        most = sizes.amax(0)
         self.largest = most if self.largest is None else torch.maximum(self.largest, most)
-        if self.sample is None:
-            self.sample = rows[:64].clone()
+        places = torch.linspace(0, len(rows) - 1, min(self.spread, len(rows)), device=rows.device).round().long()
+        self.kept.append(rows[torch.unique(torch.cat([places, sizes.amax(1).argmax()[None]]))])
 
 
 def find_outliers(model: Any, sequences: Sequence[Sequence[int]]) -> list[Layer]:
     """Every nn.Linear of a float model, the one with the most uneven inputs first. `sequences` are token ids."""
-    with _watched(model) as seen, torch.no_grad():
+    with _watched(model, max(1, SPREAD_ROWS // max(1, len(sequences)))) as seen, torch.no_grad():
         for ids in sequences:
             model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     parts = dict(model.named_modules())
@@ -53,12 +57,12 @@ def find_outliers(model: Any, sequences: Sequence[Sequence[int]]) -> list[Layer]
 
 
 @contextmanager
-def _watched(model: Any) -> Iterator[dict[str, _Seen]]:
+def _watched(model: Any, spread: int) -> Iterator[dict[str, _Seen]]:
     seen: dict[str, _Seen] = {}
     handles = []
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear):
-            found = seen[name] = _Seen()
+            found = seen[name] = _Seen(spread)
             handles.append(part.register_forward_pre_hook(lambda _, inputs, found=found: found.add(inputs[0])))
     try:
         yield seen
@@ -68,10 +72,10 @@ def _watched(model: Any) -> Iterator[dict[str, _Seen]]:
 
 
 def _layer(name: str, weight: torch.Tensor, seen: _Seen) -> Layer:
-    assert seen.largest is not None and seen.sample is not None
-    matrix = weight.detach().float()
-    exact = seen.sample @ matrix.T
-    error = (exact - _rounded_rows(seen.sample) @ _rounded_rows(matrix).T).abs().max()
+    assert seen.largest is not None
+    matrix, inputs = weight.detach().float(), torch.cat(seen.kept)
+    exact = inputs @ matrix.T
+    error = (exact - _rounded_rows(inputs) @ _rounded_rows(matrix).T).abs().max()
     return Layer(
         name=name,
         largest_input=float(seen.largest.max()),

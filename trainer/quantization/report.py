@@ -15,8 +15,10 @@ import torch
 from server.errors import ConfigError
 from server.store.model_folder import check_model_folder, read_model_config
 from server.text.render import ChatRenderer
+from server.text.template import TemplateError
+from server.text.tokenizer import TextError
 from trainer.data.read import read_rows
-from trainer.data.rows import LedgerLine
+from trainer.data.rows import LedgerLine, Row
 from trainer.errors import DataError
 from trainer.methods.base_model import load_base, saved_dtype
 from trainer.quantization.outliers import Layer, find_outliers
@@ -48,6 +50,8 @@ class QuantizationReport:
     num_sequences: int
     num_tokens: int
     device: str
+    num_skipped: int = 0  # rows that the model's template or tokenizer refuses
+    why_skipped: str = ""  # of the first of them
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,11 @@ def measure(
     check_model_folder(model)
     if read_model_config(model).get("quantization_config"):
         raise ConfigError(f"{model}: is quantized already; name the 16-bit model")
-    sequences = list(_sequences(data or TEXTS, ChatRenderer.load(model)))
+    skipped: list[str] = []
+    sequences = list(_sequences(data or TEXTS, ChatRenderer.load(model), skipped))
     if not sequences:
-        raise DataError(f"{data}: holds no text of two tokens or more")
+        why = f"; rows skipped: {len(skipped)}, the first: {skipped[0]}" if skipped else ""
+        raise DataError(f"{data or TEXTS}: holds no text of two tokens or more{why}")
     expected: _Scored | None = None
     layers: list[Layer] = []
     kinds, device = [], ""
@@ -99,6 +105,8 @@ def measure(
         num_sequences=len(sequences),
         num_tokens=sum(map(len, sequences)),
         device=device,
+        num_skipped=len(skipped),
+        why_skipped=skipped[0] if skipped else "",
     )
 
 
@@ -117,18 +125,27 @@ def _dtype(kind: str, model: Path) -> torch.dtype:
     return torch.float32 if saved_dtype(model) == torch.float32 else torch.bfloat16
 
 
-def _sequences(data: Path, renderer: ChatRenderer) -> Iterator[list[int]]:
+def _sequences(data: Path, renderer: ChatRenderer, skipped: list[str]) -> Iterator[list[int]]:
+    """Adds to `skipped` why a row cannot be used."""
     count = 0
     for row in read_rows([str(data)]):
         if isinstance(row, LedgerLine) or count == MAX_SEQUENCES:
             continue
-        if row.messages:
-            ids = renderer.render(row.messages, add_generation_prompt=False)
-        else:
-            ids = renderer.tokenizer.encode_plain(row.text)
+        try:
+            ids = _token_ids(row, renderer)
+        except (TemplateError, TextError) as error:
+            skipped.append(f"{error} ({row.source}, line {row.line})")
+            continue
         if len(ids) > 1:
             count += 1
             yield ids[:MAX_TOKENS]
+
+
+def _token_ids(row: Row, renderer: ChatRenderer) -> list[int]:
+    """Raises TemplateError and TextError."""
+    if row.messages:
+        return renderer.render(row.messages, add_generation_prompt=False)
+    return renderer.tokenizer.encode_plain(row.text)
 
 
 @torch.no_grad()

@@ -46,8 +46,12 @@ def markdown(report: QuantizationReport) -> str:
 
 def _basis(report: QuantizationReport) -> str:
     measured = f"{report.num_sequences} texts, {report.num_tokens:,} tokens, on {report.device}"
-    error = "int8 error: the largest of an output, over the outputs' root mean square, with all inputs in int8"
-    return f"{measured}; int8 and nf4 by bitsandbytes.\n{error}."
+    error = (
+        "int8 error: the largest of an output, over the outputs' root mean square, with all inputs in int8, of a few "
+        "tokens of each text"
+    )
+    skipped = f"rows skipped: {report.num_skipped}, the first: {report.why_skipped}.\n" if report.num_skipped else ""
+    return f"{measured}; int8 and nf4 by bitsandbytes.\n{skipped}{error}."
 
 
 def _aligned(lines: list[tuple[str, ...]]) -> str:

@@ -20,7 +20,7 @@ MERGE = "merge it into its base afterwards (`merge`), and serve the merged model
 
 def check_plan(config: TrainConfig, home: Home, target: Target) -> list[Finding]:
     """Raises ConfigError where there is no such base."""
-    base = resolve_model(config.model_name_or_path, home)
+    base = resolve_model(config.model_name_or_path, home, with_weights=bool(target.weights_hash))
     model_config = read_model_config(base)
     findings = list(plan_findings(config, model_config, target))
     if target.weights_hash:

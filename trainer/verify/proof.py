@@ -1,6 +1,6 @@
 """After training: the same prompts through HF + PEFT, the merged weights, and an engine or a server, token by token.
 
-Reading order: `prove` -> `check_rules` (files and hashes) -> `reference` (torch, here) -> `_serve` (a child or a URL).
+Reading order: `prove` -> `check_rules` (files and hashes) -> `_reference` (torch) -> `_served` (a child or a URL).
 """
 
 import asyncio
@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.errors import ConfigError
+from server.engine.client import EngineClient
+from server.errors import ConfigError, QloopError, ServerError
 from server.store.card import AdapterCard
 from server.store.hashes import folder_hash
 from server.store.home import Home
+from server.store.model_folder import read_model_config
 from server.text.render import ChatRenderer
-from trainer.child_engine import adapter_id, child_engine, find_trial
+from trainer.child_engine import Trial, adapter_id, child_engine, find_trial, last_words
 from trainer.errors import NotServable
 from trainer.results.adapter_folder import FoundAdapter
 from trainer.results.card import make_card
@@ -75,7 +77,8 @@ def default_prompts(count: int) -> list[str]:
 def prove(job: Job, say: Callable[[str], None]) -> Proof:
     """Everything that can be found out; a fault of the rules ends it before anything is loaded.
 
-    Raises ConfigError, NotServable for another base, TrainerError when the engine does not start.
+    Raises ConfigError, also for more tokens than the base has positions, NotServable for another base, TrainerError
+    when the engine does not start.
     """
     found = job.found
     card = make_card(found.config, found.base, found.base_name, found.record, job.home.hash_cache)
@@ -85,9 +88,25 @@ def prove(job: Job, say: Callable[[str], None]) -> Proof:
     if any(one.state == "fault" for one in findings):
         return Proof(findings=tuple(findings), **facts)  # type: ignore[arg-type]
     renderer = ChatRenderer.load(found.base)
+    _check_length(job, renderer)
     expected, merged = _reference(job, renderer, findings, say)
     served = asyncio.run(_served(job, card, revision, renderer, expected, findings, say))
     return Proof(findings=tuple(findings), served=served, merged=merged, **facts)  # type: ignore[arg-type]
+
+
+def _check_length(job: Job, renderer: ChatRenderer) -> None:
+    """Raises ConfigError before the slow reference where no engine could go on for so long."""
+    from trainer.verify.reference import prompt_ids
+
+    config = read_model_config(job.found.base)
+    positions = config.get("max_position_embeddings") or config.get("n_positions") or config.get("seq_length")
+    longest = max(len(prompt_ids(renderer, prompt)) for prompt in job.prompts)
+    extra = 1 if job.server else 0  # a server writes one more token where it reads the reference's answer
+    if isinstance(positions, int) and longest + job.num_tokens + extra > positions:
+        raise ConfigError(
+            f"--tokens {job.num_tokens}: {job.found.base} has {positions} positions, and the longest prompt takes "
+            f"{longest}; take at most {positions - longest - extra}"
+        )
 
 
 def _reference(
@@ -138,16 +157,26 @@ async def _served(
         trial = find_trial(str(job.found.folder), job.home, Path(folder), str(job.found.base))
         async with child_engine(trial, Path(folder) / "s", {"engine": job.target.engine}) as client:
             try:
-                adapter = adapter_id(client, trial)
+                return await _through_engine(client, trial, expected, findings)
             except NotServable as error:
                 findings.append(fault("served", str(error)))
-                return NONE
-            assert adapter is not None and client.model is not None
-            source = EngineSource(client, adapter)
-            gap = clear_gap(client.model.dtype)
-            agreement = await _all(expected, lambda one: compare(one, source.go_on, source.label, gap))
-            findings.append(_verdict(agreement, f"{client.model.backend} {client.model.dtype}", gap))
-            return agreement
+            except QloopError as error:
+                died = f" (its last words: {last_words(trial)})" if isinstance(error, ServerError) else ""
+                findings.append(fault("served", f"the {job.target.engine} engine gave no answer: {error}{died}"))
+            return NONE
+
+
+async def _through_engine(
+    client: EngineClient, trial: Trial, expected: Sequence[Reference], findings: list[Finding]
+) -> Agreement:
+    """Raises NotServable for an adapter that the engine refused, QloopError where it refuses a request or dies."""
+    adapter = adapter_id(client, trial)
+    assert adapter is not None and client.model is not None
+    source = EngineSource(client, adapter)
+    gap = clear_gap(client.model.dtype)
+    agreement = await _all(expected, lambda one: compare(one, source.go_on, source.label, gap))
+    findings.append(_verdict(agreement, f"{client.model.backend} {client.model.dtype}", gap))
+    return agreement
 
 
 async def _through_server(

@@ -42,7 +42,7 @@ def merged_agreement(model: Any, found: FoundAdapter, expected: Sequence[Referen
 
 
 def _reference(model: Any, renderer: ChatRenderer, prompt: str, num_tokens: int) -> Reference:
-    ids = _prompt_ids(renderer, prompt)
+    ids = prompt_ids(renderer, prompt)
     with warnings.catch_warnings(), torch.no_grad():
         # transformers' generate sends position ids; PEFT drops them and says so.
         warnings.filterwarnings("ignore", "Position ids are not supported")
@@ -63,7 +63,8 @@ def _reference(model: Any, renderer: ChatRenderer, prompt: str, num_tokens: int)
     return Reference(prompt, ids, result.sequences[0, -num_tokens:].tolist(), gaps)
 
 
-def _prompt_ids(renderer: ChatRenderer, prompt: str) -> list[int]:
+def prompt_ids(renderer: ChatRenderer, prompt: str) -> list[int]:
+    """The prompt as a chat, or as it is for a base without a template."""
     if renderer.template is None:
         return renderer.tokenizer.encode_plain(prompt)
     return renderer.render([{"role": "user", "content": prompt}])

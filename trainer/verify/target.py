@@ -67,9 +67,9 @@ class Server:
         )
 
     def model_of(self, revision: str) -> str | None:
-        """The API's id under which this revision is served."""
+        """`name@revision`, which stays this revision where the name is moved to another one meanwhile."""
         models = self.get("/v1/models")["data"]
-        return next((str(one["id"]) for one in models if one.get("revision") == revision), None)
+        return next((str(one["root"]) for one in models if one.get("revision") == revision), None)
 
     def get(self, path: str) -> dict[str, Any]:
         return self._ask(urllib.request.Request(self.url + path, headers=self._headers))

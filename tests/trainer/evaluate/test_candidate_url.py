@@ -2,6 +2,7 @@
 
 import asyncio
 import http.server
+import itertools
 import json
 import os
 import signal
@@ -11,22 +12,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from server.engine.client import EngineClient
 from server.errors import ConfigError
 from server.store.home import Home
 from tests.conftest import StartService
+from tests.server.engine.adapters import write_folder
 from tests.services import MODEL, Service
 from tests.trainer.evaluate.scripted import text
 from trainer.child_engine import Trial
-from trainer.evaluate.candidate import AnswerLimits, Candidate, CandidateLost, Prompt
+from trainer.errors import DriftError
+from trainer.evaluate.candidate import AnswerLimits, Candidate, CandidateChanged, CandidateLost, Prompt
 from trainer.evaluate.engine_candidate import EngineCandidate
 from trainer.evaluate.eval_folder import read_scores
 from trainer.evaluate.run import evaluate
 from trainer.evaluate.settings import EvalSettings
 from trainer.evaluate.tasks.text import BbhTask
-from trainer.evaluate.url_candidate import url_candidate
+from trainer.evaluate.url_candidate import LOOKS, url_candidate
 
 PLAIN = Prompt(text="今天天气很好\n答案：")
 CHAT = Prompt(messages=({"role": "user", "content": "你是谁？"},))
@@ -379,3 +383,90 @@ async def test_a_model_that_is_unloaded_half_way_is_lost(plain_server: Callable[
     async with url_candidate(plain_server(_fails_at(404, "b")), patience_s=1, concurrency=1) as candidate:
         with pytest.raises(CandidateLost, match=r"does not have the model any more \(not this one\)"):
             await candidate.answers([_asked("a"), _asked("b")], AnswerLimits())
+
+
+def _known_as(fingerprint: Callable[[], str]) -> Reply:
+    """A server of chats and of echoed prompts, whose every reply says what it runs."""
+
+    def reply(path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        if path == "/tokenize":
+            return 200, {}, {"tokens": [ord(letter) for letter in body["prompt"]]}
+        shape = {"token_logprobs": [None, *[-1.0] * (len(body.get("prompt", "")) - 1)]}
+        choice = {**_said("yes")["choices"][0], "logprobs": shape}
+        return 200, {}, {"choices": [choice], "system_fingerprint": fingerprint()}
+
+    return reply
+
+
+async def _answers(candidate: Candidate) -> list[str]:
+    return [answer.text for answer in await candidate.answers([_asked(name) for name in "abc"], AnswerLimits())]
+
+
+async def _likelihoods(candidate: Candidate) -> list[float]:
+    return [found.total for found in await candidate.loglikelihoods([Prompt(text="Q:")] * 3, ["yes"] * 3)]
+
+
+@pytest.mark.parametrize("ask", [_answers, _likelihoods])
+async def test_a_name_that_is_moved_half_way_is_lost(
+    plain_server: Callable[[Reply], str], ask: Callable[[Candidate], Any]
+) -> None:
+    said = itertools.chain(["fp_a"] * 4, itertools.repeat("fp_b"))
+    async with url_candidate(plain_server(_known_as(lambda: next(said))), patience_s=1, concurrency=1) as candidate:
+        assert candidate.info.fingerprint == "fp_a"
+        with pytest.raises(CandidateChanged, match=r"#m: serves something else .*fp_a, now fp_b\); .*#name@revision"):
+            await ask(candidate)
+
+
+async def test_a_fingerprint_that_is_never_the_same_is_none(plain_server: Callable[[Reply], str]) -> None:
+    count = itertools.count()
+    url = plain_server(_known_as(lambda: f"fp_{next(count)}"))
+    async with url_candidate(url, patience_s=1, concurrency=1) as candidate:
+        assert candidate.info.fingerprint == "" and await _answers(candidate) == ["yes"] * 3
+
+
+async def test_a_fingerprint_that_comes_back_says_nothing_of_the_weights(plain_server: Callable[[Reply], str]) -> None:
+    said = itertools.chain(["fp_a"] * 3, itertools.cycle(["fp_b", "fp_c", "fp_a"]))
+    async with url_candidate(plain_server(_known_as(lambda: next(said))), patience_s=1, concurrency=1) as candidate:
+        assert candidate.info.fingerprint == "fp_a" and await _answers(candidate) == ["yes"] * 3
+
+
+async def test_what_was_answered_by_other_weights_is_not_gone_on_with(
+    plain_server: Callable[[Reply], str], tmp_path: Path
+) -> None:
+    """But it is when the name means again what it meant."""
+    said = itertools.chain(["fp_a"] * 5, itertools.repeat("fp_b", 1 + LOOKS + 2), itertools.repeat("fp_a"))
+    url = plain_server(_known_as(lambda: next(said)))
+    settings = EvalSettings(max_tokens=4)
+    task = BbhTask("bbh/bench", [text(f"q{n}", "yes") for n in range(6)], settings)
+
+    async def run() -> Any:
+        async with url_candidate(url, patience_s=1, concurrency=1) as candidate:
+            return await evaluate(candidate, [task], tmp_path, settings, shows_progress=False)
+
+    with pytest.raises(CandidateLost, match=r"3 of 6 items are kept .*; they count only if the name means that again"):
+        await run()
+    with pytest.raises(DriftError, match=r"candidate\.fingerprint: .*fp_a.*, now .*fp_b"):
+        await run()
+    result = await run()
+    assert result.tasks[0].num_scored == 6 and result.speed["num_items"] == 3
+
+
+@pytest.mark.e2e
+async def test_a_revision_stays_what_it_is_when_its_name_is_moved(start_service: StartService, tmp_path: Path) -> None:
+    service = start_service(workers=1, adapter_roots=tmp_path, max_adapter_rank=8)
+
+    def publish(seed: int) -> str:
+        path = str(write_folder(tmp_path / str(seed), seed))
+        added = httpx.post(f"{service.url}/v1/adapters", json={"name": "friend", "path": path}, timeout=30)
+        return str(added.raise_for_status().json()["id"])
+
+    first = publish(1)
+    async with (
+        url_candidate(f"{service.url}/v1#friend") as by_name,
+        url_candidate(f"{service.url}/v1#{first}") as by_revision,
+    ):
+        assert by_name.info.fingerprint == by_revision.info.fingerprint != ""
+        assert await asyncio.to_thread(publish, 2) != first
+        assert len(await by_revision.answers([CHAT], AnswerLimits(max_tokens=4))) == 1
+        with pytest.raises(CandidateChanged):
+            await by_name.answers([CHAT], AnswerLimits(max_tokens=4))

@@ -69,6 +69,8 @@ def test_a_folder_of_another_evaluation_is_refused(
         (["nobody", "--task", "safety"], 2, "no such folder"),
         (["http://127.0.0.1:9/v1#m", "--task", "identity="], 2, "missing"),
         (["http://127.0.0.1:9/v1#m", "--task", "safety", "--dtype", "fp32"], 2, "--dtype: is for an engine of our own"),
+        (["http://host:port/v1#model", "--task", "safety"], 2, "http://host:port/v1#model: is no server's URL (Port"),
+        (["http:///v1", "--task", "safety"], 2, "http:///v1: is no server's URL (no host"),
         (["nobody", "--task", "safety", "--concurrency", "2"], 2, "--concurrency: is for a URL"),
         (["nobody", "--task", "safety", "--temperature", "nan"], 2, "0 to 2 is expected"),
     ],
@@ -86,9 +88,10 @@ def test_what_cannot_be_evaluated_ends_at_once(
         (["a", "b", "--concurrency", "4"], "--concurrency: is for a URL"),
         (["a", "b", "--tokenizer", "folder"], "--tokenizer: is for a URL"),
         (["http://127.0.0.1:9/v1#m", "https://127.0.0.1:9/v1#m", "--dtype", "fp32"], "--dtype: is for an engine"),
+        (["http://127.0.0.1:9/v1#m", "http://host:port/v1#m"], "http://host:port/v1#m: is no server's URL"),
     ],
 )
-def test_compare_refuses_options_that_no_candidate_hears_of(
+def test_compare_refuses_at_once_what_cannot_be_asked(
     words: list[str], says: str, home: Home, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", *words, "--task", "safety", "--home", str(home.path)]) == 2

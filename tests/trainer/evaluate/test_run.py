@@ -105,6 +105,30 @@ async def test_asked_again_all_is_forgotten(tmp_path: Path) -> None:
     assert len(candidate.prompts) == 10 and len((tmp_path / "items.jsonl").read_text().splitlines()) == 10
 
 
+async def test_asked_again_with_another_limit_all_is_forgotten(tmp_path: Path) -> None:
+    await run(Dying(99), tmp_path)
+    limited = replace(SETTINGS, limit=4)
+    await evaluate(Dying(99), tasks(limited), tmp_path, limited, again=True, shows_progress=False)
+    assert len(read_scores(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("candidate", "questions", "says"),
+    [
+        (Scripted(fingerprint="g"), tasks(), r'candidate\.fingerprint: "f", now "g"'),
+        (Scripted(), [BbhTask("bbh/bench", [text("q0", "other")], SETTINGS)], r"tasks\.bbh/bench\.digest: "),
+        (Scripted(), [BbhTask("bbh/other", tasks()[0].items, SETTINGS)], r"tasks\.bbh/bench: .*, now null"),
+    ],
+)
+async def test_asked_again_another_evaluation_is_not_forgotten(
+    tmp_path: Path, candidate: Scripted, questions: list[BbhTask], says: str
+) -> None:
+    before = await run(Dying(99), tmp_path)
+    with pytest.raises(DriftError, match=says):
+        await evaluate(candidate, questions, tmp_path, SETTINGS, again=True, shows_progress=False)
+    assert read_result(tmp_path) == before and len(read_scores(tmp_path)) == 10
+
+
 async def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     await run(Dying(99), tmp_path)
     items = tmp_path / "items.jsonl"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from server.store.hashes import file_hash
 from tests.trainer.evaluate.scripted import Scripted
 from trainer.evaluate.candidate import Answer, AnswerLimits, CandidateLost, Prompt
 from trainer.evaluate.items import RefusedItem, SqlItem
@@ -105,6 +106,32 @@ async def test_a_right_query_that_does_not_end_decides_nothing(database: Path, m
     found = {score.item_id: score for score in scores}
     assert found["slow?"].details == {"error": "gold-timeout: the right query did not end"}
     assert found["slow?"].scores == {} and found["right?"].details["outcome"] == "same"
+
+
+def test_the_digest_knows_what_a_database_holds_and_not_where_it_lies(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digest(*items: SqlItem) -> str:
+        return SqlTask("sql/pets", items, EvalSettings()).digest
+
+    before = digest(item("right?", database))
+    monkeypatch.chdir(database.parent)
+    assert digest(item("right?", Path("pets.sqlite"))) == before
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("update pet set name = 'Ada Ada' where age = 3")
+    assert digest(item("right?", database)) != before
+
+
+def test_a_database_is_hashed_once_for_all_its_questions(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return file_hash(path)
+
+    monkeypatch.setattr("trainer.evaluate.tasks.sql.file_hash", counted)
+    task = SqlTask("sql/pets", [item(f"{n}?", database, f"SELECT {n}") for n in range(5)], EvalSettings())
+    assert task.digest == task.digest and hashed == [database]
 
 
 async def test_plain_text_begins_the_query(database: Path) -> None:

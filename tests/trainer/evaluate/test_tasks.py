@@ -224,6 +224,14 @@ def test_the_digest_knows_what_is_asked_and_not_where_it_came_from() -> None:
     assert ChoiceTask("choice/mmlu", items, EvalSettings(limit=1)).digest != digest
 
 
+async def test_whose_name_may_be_said_is_part_of_an_identity_task() -> None:
+    tasks = {name: IdentityTask(name, EvalSettings()) for name in ("小智", "小智/阿里云", "小智/qloop")}
+    assert len({task.digest for task in tasks.values()}) == 3
+    assert IdentityTask("小智/", EvalSettings()).digest == tasks["小智"].digest
+    found = await scores_of(tasks["小智/阿里云"], Scripted(say=lambda shown: "我是阿里云的小智。"))
+    assert {(score.reference, score.scores["passed"]) for score in found.values()} == {("小智", 1.0)}
+
+
 def test_a_limit_draws_from_all_subjects() -> None:
     items = [choice(f"{subject}{n}", subject=subject) for subject in ("art", "law", "zoo") for n in range(20)]
     task = ChoiceTask("choice/mmlu", items, EvalSettings(limit=12))
@@ -318,3 +326,12 @@ async def test_a_system_prompt_is_said_once_or_refused() -> None:
     assert plain.prompts[0].text == "Sort.\n\n" + "Q: b a?\nA: a b\n\n" * 2 + "Q: b a?\nA:"
     with pytest.raises(ConfigError, match="system"):
         await scores_of(BbhTask("bbh/bbh", items, EvalSettings(system="Be brief.", style="plain")), plain)
+
+
+def test_a_system_prompt_beside_texts_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "Once upon a time."}\n{"text": "There was a king."}\n')
+    with pytest.raises(ConfigError, match="--system: likelihood/texts has texts in which nobody is spoken to"):
+        make_tasks([f"likelihood={path}"], EvalSettings(system="Be brief."))
+    assert len(make_tasks([f"likelihood={path}"], EvalSettings())[0].items) == 2
+    LikelihoodTask("likelihood/rows", [text("a", "yes")], EvalSettings(system="Be brief."))

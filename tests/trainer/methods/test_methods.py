@@ -147,8 +147,8 @@ def test_all_faults_are_named_at_once() -> None:
     [
         ({}, None),
         ({"finetuning_type": "full"}, None),
-        ({"lora_rank": 24}, "start it with max_lora_rank 32"),
-        ({"lora_rank": 16, "lora_init": "pissa"}, "start it with max_lora_rank 32"),
+        ({"lora_rank": 24}, "QLOOP_MAX_ADAPTER_RANK=32"),
+        ({"lora_rank": 16, "lora_init": "pissa"}, "QLOOP_MAX_ADAPTER_RANK=32"),
         ({"lora_rank": 600}, "vLLM serves ranks up to 512, this is 600"),
         ({"use_dora": True}, "merge the adapter into its base first"),
         ({"finetuning_type": "ptuning_v2"}, "served by the hf engine only"),

@@ -1,6 +1,7 @@
 """The quantization report: figures of a model that is known, outliers that were planted."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from torch import nn
 from server.errors import ConfigError
 from server.store.home import Home
 from trainer.__main__ import main
-from trainer.quantization.outliers import find_outliers
+from trainer.errors import DataError
+from trainer.quantization.outliers import _Seen, find_outliers
 from trainer.quantization.report import measure
+from trainer.quantization.tables import text
 
 
 class Toy(nn.Module):
@@ -41,14 +44,35 @@ def test_a_planted_outlier_is_found() -> None:
     assert hard.largest_input == pytest.approx(float(100 * seen[2])) and hard.num_outliers == 1
     assert plain.largest_input == pytest.approx(float(seen.max())) and plain.num_outliers == 0
     assert hard.input_ratio > 20 > plain.input_ratio
-    assert plain.int8_error == pytest.approx(_int8_error(toy), rel=1e-4)
+    assert plain.int8_error == pytest.approx(_int8_error(toy, [1, 2, 3, 4, 5, 6]), rel=1e-4)
     weight = toy.plain.weight.detach()
     assert plain.weight_ratio == pytest.approx(float(weight.abs().max() / weight.square().mean().sqrt()))
 
 
-def _int8_error(toy: Toy) -> float:
+def test_an_outlier_of_the_second_text_is_in_the_int8_error() -> None:
+    toy = Toy()
+    with torch.no_grad():
+        toy.embed.weight[9, 4] = 50
+    first, second = [1, 2, 3, 4], [*([5, 6, 7, 8] * 4), 9]
+    errors = {layer.name: layer.int8_error for layer in find_outliers(toy, [first, second])}
+    assert errors["plain"] == pytest.approx(_int8_error(toy, [*first, *second]), rel=1e-4)
+    assert errors["plain"] > 2 * _int8_error(toy, first)
+
+
+def test_of_a_long_text_few_tokens_are_kept_and_the_largest_is_one_of_them() -> None:
+    toy = Toy()
+    with torch.no_grad():
+        toy.embed.weight[9, 4] = 50
+    seen = _Seen(spread=8)
+    seen.add(toy.embed(torch.tensor([[1, 2, 3, 4] * 75])))
+    seen.add(toy.embed(torch.tensor([[1, 2, 3, 4] * 30 + [9] + [5, 6] * 60])))
+    assert [len(rows) for rows in seen.kept] in ([8, 9], [9, 9])
+    assert float(seen.kept[1].max()) == 50
+
+
+def _int8_error(toy: Toy, tokens: list[int]) -> float:
     """As bitsandbytes' Linear8bitLt computes it, number by number."""
-    inputs, weight = toy.embed.weight[1:5].tolist(), toy.plain.weight.tolist()  # the tokens of the first sequence
+    inputs, weight = toy.embed.weight[tokens].tolist(), toy.plain.weight.tolist()
 
     def rounded(row: list[float]) -> list[float]:
         scale = max(map(abs, row)) / 127
@@ -97,9 +121,35 @@ def test_perplexity_is_that_of_transformers(model_folder: Path, tmp_path: Path) 
     assert measure(model_folder, data).kinds[0].perplexity == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
 
 
-def test_a_quantized_folder_is_refused(model_folder: Path, home: Home, tmp_path: Path) -> None:
-    import shutil
+REFUSES_SYSTEM = """\
+{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system') }}{% endif %}
+{{ message.content }}{% endfor %}"""
 
+
+def test_conversations_that_the_template_refuses_are_skipped_and_counted(model_folder: Path, tmp_path: Path) -> None:
+    folder, data = shutil.copytree(model_folder, tmp_path / "m"), tmp_path / "d.jsonl"
+    (folder / "chat_template.jinja").write_text(REFUSES_SYSTEM, encoding="utf-8")
+    turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A demo."}]
+    refused = {"messages": [{"role": "system", "content": "Be kind."}, *turns]}
+    data.write_text("\n".join(json.dumps(row) for row in (refused, {"messages": turns}, refused)), encoding="utf-8")
+    report = measure(folder, data)
+    assert (report.num_sequences, report.num_skipped) == (1, 2)
+    assert f"\nrows skipped: 2, the first: no system ({data}, line 1).\n" in text(report)
+    data.write_text(json.dumps(refused), encoding="utf-8")
+    with pytest.raises(DataError, match=r"no text of two tokens or more; rows skipped: 1, the first: no system"):
+        measure(folder, data)
+
+
+def test_conversations_and_a_base_without_a_template(model_folder: Path, tmp_path: Path) -> None:
+    folder, data = shutil.copytree(model_folder, tmp_path / "m"), tmp_path / "d.jsonl"
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A demo."}]
+    data.write_text(json.dumps({"messages": turns}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows skipped: 1, the first: this model has no chat template"):
+        measure(folder, data)
+
+
+def test_a_quantized_folder_is_refused(model_folder: Path, home: Home, tmp_path: Path) -> None:
     folder = shutil.copytree(model_folder, tmp_path / "q")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "x"}}))

@@ -2,17 +2,23 @@
 
 import asyncio
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from server.errors import ConfigError
+from server.errors import ConfigError, EngineUnavailable, InvalidRequest, QloopError
 from server.store.home import Home
 from tests.services import Service
 from trainer.__main__ import main
+from trainer.child_engine import TRIAL, Trial
 from trainer.errors import NotServable
 from trainer.publish import publish
 from trainer.results.adapter_folder import FoundAdapter, find_adapter
@@ -21,7 +27,7 @@ from trainer.verify.findings import Finding
 from trainer.verify.parity import NONE, compare
 from trainer.verify.proof import Job, clear_gap, default_prompts, prove
 from trainer.verify.rules import check_rules
-from trainer.verify.sources import ServerSource
+from trainer.verify.sources import EngineSource, ServerSource
 from trainer.verify.target import Server, Target
 
 
@@ -97,6 +103,71 @@ def test_a_fault_of_the_rules_ends_it_before_anything_is_loaded(found: FoundAdap
     assert said == [] and proof.served == proof.merged == NONE
     with pytest.raises(NotServable, match=r"^rank: rank 4, the engine takes at most 2; start the engine with"):
         proof.check()
+
+
+def test_more_tokens_than_the_base_has_positions_are_refused_before_anything_is_loaded(
+    found: FoundAdapter, home: Home
+) -> None:
+    said: list[str] = []
+
+    def most(server: Server | None) -> int:
+        target, prompts = Target(engine="hf"), default_prompts(4)
+        job = Job(found=found, home=home, target=target, server=server, prompts=prompts, num_tokens=99_999)
+        with pytest.raises(ConfigError, match=r"--tokens 99999: .* positions, and the longest prompt takes") as refused:
+            prove(job, said.append)
+        return int(str(refused.value).rpartition(" ")[2])
+
+    assert most(None) == most(Server("http://x")) + 1 and said == []
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (InvalidRequest("at most 8 tokens"), "the hf engine gave no answer: at most 8 tokens"),
+        (EngineUnavailable("it is gone"), "the hf engine gave no answer: it is gone (its last words: out of memory)"),
+    ],
+)
+def test_an_engine_that_gives_no_answer_is_a_fault_beside_the_others(
+    found: FoundAdapter, home: Home, monkeypatch: pytest.MonkeyPatch, error: QloopError, told: str
+) -> None:
+    async def generate(request: object) -> None:
+        raise error
+
+    @asynccontextmanager
+    async def engine(trial: Trial, *_: object) -> AsyncIterator[Any]:
+        (trial.home.path / "engine.log").write_text("starting\nout of memory\n", encoding="utf-8")
+        adapters, model = [SimpleNamespace(name=TRIAL, id="trial@0")], SimpleNamespace(backend="hf", dtype="fp32")
+        yield SimpleNamespace(adapters=adapters, model=model, generate=generate)
+
+    monkeypatch.setattr("trainer.verify.proof.child_engine", engine)
+    job = Job(found=found, home=home, target=Target(engine="hf"), prompts=default_prompts(2), num_tokens=4)
+    proof = prove(job, lambda text: None)
+    assert [(one.check, str(one)) for one in proof.faults] == [("served", told)]
+    assert proof.served == NONE and proof.merged.num_tokens == 8
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_an_engine_that_dies_leaves_the_table_and_the_file(
+    found: FoundAdapter, home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = EngineSource.go_on
+
+    async def killed(source: EngineSource, ids: Sequence[int], count: int) -> list[str]:
+        for child in psutil.Process().children():
+            with suppress(psutil.ZombieProcess):  # of the call before
+                if "server.engine" in child.cmdline():
+                    child.kill()
+        return await go_on(source, ids, count)
+
+    monkeypatch.setattr(EngineSource, "go_on", killed)
+    output = tmp_path / "verify.json"
+    words = ["verify", str(found.folder), "--base", str(found.base), "--home", str(home.path), "--prompts", "2"]
+    assert main([*words, "--tokens", "4", "--output", str(output)]) == 8
+    told = capsys.readouterr()
+    assert re.search(r"served +FAULT +the hf engine gave no answer: .* \(its last words: ", told.out)
+    assert told.err.splitlines()[-1].startswith("error: served: the hf engine gave no answer")
+    assert json.loads(output.read_text("utf-8"))["merged"]["num_tokens"] == 8
 
 
 @pytest.mark.e2e

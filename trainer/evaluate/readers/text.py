@@ -37,13 +37,14 @@ def asked(record: Any) -> list[Asked | RowRefused]:
 def exact(record: Mapping[str, Any]) -> Asked:
     """A question with a short answer and no options (AGIEval's mathematics). Raises RowRefused."""
     parts = [text_of(record[key], key) for key in ("passage", "question") if record.get(key)]
-    answer = record.get("answer") or record.get("label")
+    given = (record.get(key) for key in ("answer", "label"))
+    answer = next((value for value in given if value not in (None, "", [])), "")
     if not any(part.strip() for part in parts):
         raise RowRefused("missing-question", "there is no question")
-    if not answer:
+    text = str(answer) if isinstance(answer, int | float) else text_of(answer, "answer").strip()
+    if not text:
         raise RowRefused("missing-answer", "there is no answer")
-    answer = str(answer) if isinstance(answer, int | float) else text_of(answer, "answer")
-    return Asked(({"role": "user", "content": "\n".join(parts)},), (answer.strip(),))
+    return Asked(({"role": "user", "content": "\n".join(parts)},), (text,))
 
 
 def _or_refusal(read: Any, *arguments: Any) -> Asked | RowRefused:

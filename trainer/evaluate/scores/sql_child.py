@@ -28,8 +28,25 @@ LIMITS = {
     sqlite3.SQLITE_LIMIT_ATTACHED: 0,
     sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
 }
-# SQLite's words for a query that asks for too much.
-TOO_BIG = ("too big", "out of memory", "full", "limit", "too many", "disk I/O error")
+# By SQLite's primary result code: its words hold names of columns, which may be any words.
+BY_CODE = {
+    sqlite3.SQLITE_INTERRUPT: "timeout",
+    sqlite3.SQLITE_AUTH: "not-allowed",
+    sqlite3.SQLITE_READONLY: "not-allowed",
+    sqlite3.SQLITE_CANTOPEN: "database",
+    sqlite3.SQLITE_NOTADB: "database",
+    sqlite3.SQLITE_CORRUPT: "database",
+    sqlite3.SQLITE_TOOBIG: "too-big",
+    sqlite3.SQLITE_NOMEM: "too-big",
+    sqlite3.SQLITE_FULL: "too-big",
+    sqlite3.SQLITE_IOERR: "too-big",  # it may write no file
+}
+# By how its words begin, where the code does not tell.
+BY_WORDS = {
+    "not authorized": "not-allowed",
+    "You can only execute one statement": "several-statements",
+    "too many ": "too-big",
+}
 
 
 def main() -> None:
@@ -54,7 +71,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             restrict(connection, request["limit_s"])
             return rows_of(connection, request)
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
-        return {"fault": fault_of(str(error)), "detail": str(error)}
+        return {"fault": fault_of(error), "detail": str(error)}
 
 
 @contextlib.contextmanager
@@ -98,16 +115,10 @@ def rows_of(connection: sqlite3.Connection, request: dict[str, Any]) -> dict[str
     return {"columns": [column[0] for column in cursor.description], "rows": rows}
 
 
-def fault_of(message: str) -> str:
-    if "interrupted" in message:
-        return "timeout"
-    if "authoriz" in message or "prohibited" in message or "readonly" in message:
-        return "not-allowed"
-    if "one statement" in message:
-        return "several-statements"
-    if "unable to open" in message or "not a database" in message or "malformed database" in message:
-        return "database"
-    return "too-big" if any(words in message for words in TOO_BIG) else "error"
+def fault_of(error: Exception) -> str:
+    primary = getattr(error, "sqlite_errorcode", 0) & 0xFF  # Python's own errors have none
+    told = (fault for words, fault in BY_WORDS.items() if str(error).startswith(words))
+    return BY_CODE.get(primary) or next(told, "error")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from trainer.evaluate.candidate import Answer, AnswerLimits, Candidate, Logprobs, Prompt
-from trainer.evaluate.items import LETTERS, ChoiceItem, Item, RefusedItem
+from trainer.evaluate.items import LETTERS, ChoiceItem, RefusedItem
 from trainer.evaluate.prompts import Shown, Style, by_subject, chinese_subjects, choice_prompt, continuations, shown
 from trainer.evaluate.results import ItemScore
 from trainer.evaluate.scores.letters import letters_in
@@ -62,7 +62,7 @@ class ChoiceTask(Task[ChoiceItem]):
             "position_bias": place_notes(read),
         }
 
-    def _digested(self) -> Sequence[Item]:
+    def _digested(self) -> Sequence[ChoiceItem]:
         return [*self.items, *(example for own in self._examples.values() for example in own)]
 
     def _is_written(self, item: ChoiceItem) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from server.errors import ConfigError
 from trainer.data.read import read_rows
 from trainer.data.rows import LedgerLine, Row
 from trainer.evaluate.bootstrap import statistic_interval
@@ -16,6 +17,7 @@ from trainer.evaluate.items import ItemSet, RefusedItem, TextItem
 from trainer.evaluate.prompts import delimiter
 from trainer.evaluate.results import Interval, ItemScore
 from trainer.evaluate.scores.likelihood import bits_per_byte, perplexities
+from trainer.evaluate.settings import EvalSettings
 from trainer.evaluate.tasks.task import Emit, Task, failed, is_plain
 from trainer.evaluate.tasks.text import plain_question
 
@@ -29,6 +31,14 @@ NOTES = {
 class LikelihoodTask(Task[TextItem]):
     kind = "likelihood"
     main_metric = "log_likelihood"
+
+    def __init__(
+        self, name: str, items: Sequence[TextItem], settings: EvalSettings, refused: Sequence[RefusedItem] = ()
+    ) -> None:
+        """Raises ConfigError for a system prompt that would not be said before a text for pre-training."""
+        if settings.system and not all(item.messages for item in items):
+            raise ConfigError(f"--system: {name} has texts in which nobody is spoken to; leave it out")
+        super().__init__(name, items, settings, refused)
 
     async def ask(self, candidate: Candidate, items: Sequence[TextItem], emit: Emit) -> None:
         plain = is_plain(self.settings, candidate)

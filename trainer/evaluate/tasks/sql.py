@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from server.store.hashes import file_hash
 from trainer.evaluate.candidate import Answer, AnswerLimits, Candidate, Prompt
 from trainer.evaluate.items import RefusedItem, SqlItem
 from trainer.evaluate.results import ItemScore
@@ -38,6 +39,7 @@ class SqlTask(Task[SqlItem]):
         broken = {item.item_id: fault for item in self.items if (fault := _fault(item)) is not None}
         self.items = [item for item in self.items if item.item_id not in broken]
         self.refused.update(each.code for each in broken.values())
+        self._hashes = {path: file_hash(path) for path in {item.database for item in self.items} if path}
         self._broken = [f"{Path(one.source).name}:{one.line}: {one.detail}" for one in broken.values()]
 
     async def ask(self, candidate: Candidate, items: Sequence[SqlItem], emit: Emit) -> None:
@@ -57,6 +59,11 @@ class SqlTask(Task[SqlItem]):
         outcomes = Counter(str(score.details.get("outcome", "error")) for score in scores)
         broken = {"broken": self._broken[:MAX_BROKEN]} if self._broken else {}
         return {"outcomes": dict(outcomes), "limit_s": 5.0, "access": "read-only", **broken}
+
+    def _content(self, item: SqlItem) -> dict[str, Any]:
+        """With what the database holds in place of its path: other rows give other scores."""
+        assert item.database is not None  # the others are refused
+        return super()._content(item) | {"database": self._hashes[item.database]}
 
     def _prompt(self, item: SqlItem, plain: bool) -> Prompt:
         group = f"{item.benchmark}/{item.subject}"

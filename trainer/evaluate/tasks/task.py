@@ -52,8 +52,8 @@ class Task(ABC, Generic[AnyItem]):
     @property
     def digest(self) -> str:
         """Of everything that is asked: another file, another order or another limit gives another one."""
-        rows = [asdict(item) | {"source": "", "line": 0} for item in self._digested()]
-        text = json.dumps([self.kind, rows], ensure_ascii=False, sort_keys=True, default=str)
+        rows = [self._content(item) for item in self._digested()]
+        text = json.dumps([self.kind, rows], ensure_ascii=False, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     @abstractmethod
@@ -99,8 +99,12 @@ class Task(ABC, Generic[AnyItem]):
         """What a reader of the figures must know beside them."""
         return {}
 
-    def _digested(self) -> Sequence[Item]:
+    def _digested(self) -> Sequence[AnyItem]:
         return self.items
+
+    def _content(self, item: AnyItem) -> dict[str, Any]:
+        """What decides its answer and its score, wherever it was read."""
+        return asdict(item) | {"source": "", "line": 0}
 
 
 def is_plain(settings: EvalSettings, candidate: Candidate) -> bool:

@@ -90,3 +90,27 @@ def test_input_and_target_elsewhere_are_a_text_set_unless_bbh_is_asked_for(tmp_p
     assert (item.benchmark, item.is_exact) == ("mine", False)
     (found,) = read_items(path, "bbh")
     assert [item.is_exact for item in found.items if isinstance(item, TextItem)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("given", "reference"),
+    [
+        ({"answer": 0}, "0"),
+        ({"answer": 0.5}, "0.5"),
+        ({"answer": " 2 "}, "2"),
+        ({"answer": "", "label": 0}, "0"),
+        ({"answer": " "}, None),
+        ({"answer": []}, None),
+        ({"answer": None}, None),
+    ],
+)
+def test_a_short_answer_may_be_zero_but_not_empty(
+    given: dict[str, object], reference: str | None, tmp_path: Path
+) -> None:
+    empty = {"passage": None, "options": None, "label": None}
+    rows = [{**empty, "question": "1 + 1 = ?", "answer": "2"}, {**empty, "question": "1 - 1 = ?", **given}]
+    (found,) = read_items(files.write_lines(tmp_path / "mathematics.jsonl", rows))
+    if reference is None:
+        assert [(item.line, item.code) for item in found.refused] == [(2, "missing-answer")]
+    else:
+        assert [item.references for item in text_items(tmp_path / "mathematics.jsonl")] == [("2",), (reference,)]

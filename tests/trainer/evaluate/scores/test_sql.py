@@ -5,6 +5,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,21 @@ def test_every_bomb_ends_in_time_with_its_name(database: Path, query: str, expec
     assert rows(database, "select count(*) from pet").rows == ((5,),)  # and the next query runs
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        *(f"select {name} from pet" for name in ("full_name", "credit_limit", "authorized", "interrupted", "readonly")),
+        'select "a".b from "too many pets"',
+        "select p.weight from pet p, pet q where kind = 'full'",
+        "select kind from pet limit 1 union select 1",
+        "select limit_full(1)",
+        "select from authorized",
+    ],
+)
+def test_names_and_words_of_a_wrong_query_decide_nothing(database: Path, query: str) -> None:
+    assert code(database, query) == "error"
+
+
 def test_memory_is_bounded(database: Path) -> None:
     """A sort of endless large rows: it ends by time or memory, and this process stays as it is."""
     big = (
@@ -148,6 +164,16 @@ def test_files_that_are_no_database(tmp_path: Path) -> None:
     for path in (tmp_path / "text.sqlite", tmp_path / "none.sqlite", tmp_path):
         assert code(path, "select * from pet") == "database"
     assert sorted(found.name for found in tmp_path.iterdir()) == ["text.sqlite"]
+
+
+def test_a_damaged_file_is_the_databases_fault(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.sqlite"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("create table pet (a)")
+        connection.execute("insert into pet values (1)")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096] + b"\x77" * (len(whole) - 4096))
+    assert code(path, "select * from pet") == "database"
 
 
 def test_a_journal_that_was_not_written_back_is_named(tmp_path: Path) -> None:
