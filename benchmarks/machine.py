@@ -27,7 +27,7 @@ def describe() -> dict[str, Any]:
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "system": platform.platform(terse=True),
+            "system": _system(),
             "load_average_before": [round(value, 2) for value in os.getloadavg()],
         },
         "versions": {"qloop": server.__version__, "python": platform.python_version()}
@@ -52,6 +52,12 @@ def save(name: str, result: dict[str, Any], path: Path | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
+
+
+def _system() -> str:
+    """`Linux 6.18 x86_64`: the rest of a kernel's name is this machine's own."""
+    system = platform.uname()
+    return f"{system.system} {'.'.join(system.release.split('.')[:2])} {system.machine}"
 
 
 def _cpu_model() -> str:

@@ -74,12 +74,13 @@ Row = dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
+    described = machine.describe()  # before the runs, which are a load themselves
     folder = options.work
     model = write_model(folder / "model", options.tokenizer)
     rows = [run(number, model, folder, options.threads) for number in options.only]
     off = [row["off"] for row in rows]
     result = {
-        **machine.describe(),
+        **described,
         "benchmark": "memory_estimate",
         "threads": options.threads,
         "most_off": round(max(map(abs, off)), 3),

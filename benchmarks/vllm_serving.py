@@ -3,7 +3,8 @@
     python -m benchmarks.vllm_serving --vllm-python .venv-vllm/bin/python [--part throughput adapters load]
 
 Both serve a random model of Qwen2-0.5B's shape with the same settings, on the same cores, and take turns: while one is
-measured the other is stopped by SIGSTOP. Medians of the rounds count. Exit status 1 when a bar is missed.
+measured the other is stopped by SIGSTOP. Ratios are taken within each round, as the machine changes between them, and
+their medians count. Exit status 1 when a bar is missed.
 
 throughput   tokens/s of 1, 8, 32 and 64 chat streams, and CPU seconds per 1,000 tokens of all that is not vLLM's engine
              core: our workers and our engine's front, vLLM's API process
@@ -28,6 +29,7 @@ from benchmarks import machine, services, speed_model, tiny_model
 from benchmarks.load import run_load
 from benchmarks.services import Service
 
+NAMES = ("qloop", "vllm")
 STREAMS = (1, 8, 32, 64)
 TOKENS = 64
 MIN_SPEED, MIN_SPEED_AT_MOST = 0.97, 1.0
@@ -111,12 +113,13 @@ def _compare(rows: list[Row]) -> dict[str, Any]:
     points: dict[int, Row] = {}
     for streams in STREAMS:
         point: Row = {}
-        for name in ("qloop", "vllm"):
-            mine = [row for row in rows if row["server"] == name and row["streams"] == streams]
+        ours, other = ([row for row in rows if (row["server"], row["streams"]) == (n, streams)] for n in NAMES)
+        for name, mine in zip(NAMES, (ours, other), strict=True):
             for key in ("tokens_per_s", "cpu_s_per_1000", "chunks_per_token"):
                 point[f"{name}_{key}"] = statistics.median(row[key] for row in mine)
-        point["speed"] = round(point["qloop_tokens_per_s"] / point["vllm_tokens_per_s"], 3)
-        point["cpu"] = round(point["qloop_cpu_s_per_1000"] / point["vllm_cpu_s_per_1000"], 3)
+        for what, key in (("speed", "tokens_per_s"), ("cpu", "cpu_s_per_1000")):
+            ratios = [round(a[key] / b[key], 3) for a, b in zip(ours, other, strict=True)]
+            point |= {what: statistics.median(ratios), f"{what}_rounds": ratios}
         points[streams] = point
     speed, cpu = [points[streams]["speed"] for streams in STREAMS], [points[streams]["cpu"] for streams in STREAMS]
     complete = all(row["complete"] for row in rows)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from server.engine.__main__ import SIGNALS as ENGINE_SIGNALS
+from server.engine.messages import EngineStats
+from server.ops.metrics import PROCESS_REGISTRY, EngineCounters
 from server.ops.supervisor import SIGNALS as SUPERVISOR_SIGNALS
 from server.settings import Settings, is_secret, variable
 
@@ -30,6 +32,15 @@ def settings_table() -> str:
         default = "unset" if field.default in (None, ()) else f"`{field.default}`"
         meaning = (field.description or "") + (" Masked in `--print-config`." if is_secret(name) else "")
         rows.append(f"| `{variable(name)}` | `--{name.replace('_', '-')}` | {default} | {meaning} |")
+    return "\n".join(rows)
+
+
+def metrics_table() -> str:
+    found = [*PROCESS_REGISTRY.collect(), *EngineCounters(EngineStats()).collect()]
+    rows = ["| Metric | Kind | Meaning |", "|---|---|---|"]
+    for metric in sorted(found, key=lambda metric: metric.name):
+        name = metric.name + ("_total" if metric.type == "counter" else "")
+        rows.append(f"| `{name}` | {metric.type} | {metric.documentation} |")
     return "\n".join(rows)
 
 
@@ -103,7 +114,7 @@ def _grid(result: dict[str, Any], note: str, show: Callable[[Cell], str], *, ref
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
-    HERE / "operations.md": {"settings": settings_table, "signals": signal_table},
+    HERE / "operations.md": {"settings": settings_table, "signals": signal_table, "metrics": metrics_table},
     HERE / "engines.md": {"agreement_vllm": agreement_vllm_table, "agreement": agreement_table},
     HERE / "training.md": {"methods": methods_table},
 }
