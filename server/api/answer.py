@@ -146,7 +146,14 @@ class Answer:
         """What has come since the last call, often nothing. Raises the QloopError that ended the request early."""
         deltas: list[Delta] = []
         for number, generation in enumerate(self._generations):
-            if outputs := generation.take():
+            try:
+                outputs = generation.take()
+            except QloopError:
+                if not deltas:
+                    raise
+                generation.call_again()  # first what the others brought
+                break
+            if outputs:
                 self._digest(number, outputs, deltas)
         return deltas
 

@@ -40,7 +40,7 @@ async def create_chat_completion(request: Request) -> Response:
     params = sampling_params(
         body,
         serving,
-        max_tokens=_max_tokens(body, serving, len(prompt)),
+        max_tokens=_max_tokens(body, serving, len(prompt) + target.num_virtual),
         logprobs=_num_logprobs(body),
         prompt_logprobs=body.prompt_logprobs,
     )
@@ -125,10 +125,11 @@ def _plain_message(message: ChatMessage, place: int) -> dict[str, Any]:
     return plain
 
 
-def _max_tokens(body: ChatRequest, serving: Serving, prompt_length: int) -> int:
+def _max_tokens(body: ChatRequest, serving: Serving, num_taken: int) -> int:
+    """`num_taken`: places of the context that hold something already."""
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if asked is None:
-        return max(serving.model.max_model_len - prompt_length, 1)
+        return max(serving.model.max_model_len - num_taken, 1)
     if asked < 1:
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         raise InvalidRequest(f"{name!r} must be at least 1.", param=name, code="invalid_value")

@@ -53,6 +53,10 @@ class Target:
     def adapter_id(self) -> str | None:
         return self.adapter.id if self.adapter else None
 
+    @property
+    def num_virtual(self) -> int:
+        return self.adapter.num_virtual if self.adapter else 0
+
 
 class Serving:
     def __init__(self, settings: Settings) -> None:

@@ -9,7 +9,10 @@ import msgspec
 from server.engine.adapter_checks import AdapterChecks
 from server.engine.adapter_state import ServedRevision, StateFile
 from server.engine.messages import AdapterInfo, ModelInfo
-from server.store.registry import AdapterEntry, Registry
+from server.errors import ConfigError
+from server.store.model_folder import read_json_object
+from server.store.registry import CONFIG_NAME, AdapterEntry, Registry
+from server.store.servability import num_virtual_tokens
 
 
 class AdapterTable:
@@ -70,6 +73,7 @@ class AdapterTable:
             method=card.method,
             base=card.base_model,
             scores=card.scores,
+            num_virtual=known.num_virtual if known else _num_virtual(entry),
         )
 
     def put(self, adapter: AdapterInfo) -> None:
@@ -128,3 +132,10 @@ class AdapterTable:
             return
         self._state.served = [ServedRevision(a.name, a.revision, a.is_current, a.is_pinned) for a in self.list()]
         self._file.write(self._state)
+
+
+def _num_virtual(entry: AdapterEntry) -> int:
+    try:
+        return num_virtual_tokens(read_json_object(entry.path / CONFIG_NAME))
+    except ConfigError:  # whoever loads it says what is wrong
+        return 0

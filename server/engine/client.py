@@ -91,10 +91,10 @@ class Generation:
     def take(self) -> list[SequenceOutput]:
         """All outputs since the last call, in order, often none.
 
-        Raises the QloopError that ended the request, once all its outputs were given.
+        Raises the QloopError that ended the request, once all its outputs were given; not when these were complete.
         """
         if not self._items:
-            if self._error is not None:
+            if self._error is not None and not self.is_finished:
                 raise self._error
             return []
         items, self._items = self._items, []
@@ -102,8 +102,12 @@ class Generation:
             if output.finish_reason is not None:
                 self._unfinished.discard(output.index)
         if self._error is not None:  # it came before these were taken, and its call was theirs: it needs its own
-            asyncio.get_running_loop().call_soon(self._wake)
+            self.call_again()
         return items
+
+    def call_again(self) -> None:
+        """`on_news` once more, soon: something was left."""
+        asyncio.get_running_loop().call_soon(self._wake)
 
     async def next(self) -> list[SequenceOutput]:
         """As `take`, but waits for the first."""
@@ -341,8 +345,8 @@ class EngineClient:
         if generation is None:
             return  # aborted a moment ago
         if output.finish_reason is FinishReason.ERROR:
-            self._requests.pop(output.request_id, None)
             generation.fail(InternalError(output.error or "The engine failed.", code="engine_error"))
+            self.forget(generation)  # its other choices may still be computed
         elif output.finish_reason is FinishReason.DEADLINE:
             generation.fail(DeadlineExceeded("The request's deadline passed before the answer was complete."))
             self.forget(generation)

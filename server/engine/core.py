@@ -121,6 +121,7 @@ class Core:
             self._take_messages()
             if self._backend.has_work:
                 self._route(self._backend.step())
+                self._flush()  # what is there does not wait for adapters that are being loaded
             self._lobby.visit()
             self._calls.advance()
             self._beat()

@@ -112,6 +112,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     method: str = "lora"
     base: str = ""  # the base model as it was named in training
     scores: dict[str, float] = {}  # from its card
+    num_virtual: int = 0  # places of the context that its virtual tokens take
 
     @property
     def id(self) -> str:

@@ -3,11 +3,14 @@
 Knows who is used by asking; nothing about requests, names or the registry.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from server.engine.backends.base import AdapterError, AdapterProbe, Backend
 from server.engine.messages import AdapterInfo
+
+AWAITED_S = 1.0  # who waits for a probe asks much oftener
 
 
 class Residents:
@@ -17,6 +20,7 @@ class Residents:
         self._backend = backend
         self._is_in_use = is_in_use
         self._loaded: dict[str, bool] = {}  # id -> is it pinned; the longest unused one first
+        self._asked: dict[str, float] = {}  # by id: when it was last asked for, time.monotonic()
         self._proven: set[str] = set()  # ids whose probe was passed; a revision never changes
 
     def __contains__(self, adapter_id: str) -> bool:
@@ -48,7 +52,7 @@ class Residents:
         if adapter_id in self._loaded or len(self._loaded) < self.max_loaded:
             return True
         for victim in self.victims(len(self._loaded)):
-            if not self._is_in_use(victim):
+            if not (self._is_in_use(victim) or self._is_awaited(victim)):
                 self._drop(victim)
                 self.num_evicted += 1
                 return True
@@ -62,6 +66,7 @@ class Residents:
         if adapter.id not in self._loaded:
             self._backend.load_adapter(adapter, path)
             self._loaded[adapter.id] = False
+        self._asked[adapter.id] = time.monotonic()
         if isinstance(self._backend, AdapterProbe) and adapter.id not in self._proven:
             try:
                 if not self._backend.probe_adapter(adapter.id):
@@ -73,6 +78,11 @@ class Residents:
         self._loaded[adapter.id] = adapter.is_pinned
         return True
 
+    def _is_awaited(self, adapter_id: str) -> bool:
+        """Its probe goes on, and somebody looks for the end of it: two new ones must not drive each other out."""
+        looked = self._asked.get(adapter_id, 0.0)
+        return adapter_id not in self._proven and time.monotonic() - looked < AWAITED_S
+
     def forget(self, adapter_id: str) -> None:
         """Out of the backend's memory for good; one that is not there is fine."""
         self._proven.discard(adapter_id)
@@ -81,4 +91,5 @@ class Residents:
 
     def _drop(self, adapter_id: str) -> None:
         del self._loaded[adapter_id]
+        self._asked.pop(adapter_id, None)
         self._backend.unload_adapter(adapter_id)

@@ -84,6 +84,12 @@ def vllm_rank_for(rank: int) -> int | None:
     return next((limit for limit in VLLM_RANKS if limit >= rank), None)
 
 
+def num_virtual_tokens(config: Mapping[str, Any]) -> int:
+    """Places of the context that a prompt method's virtual tokens take; 0 where the method has none."""
+    value = config.get("num_virtual_tokens")
+    return value if isinstance(value, int) else 0
+
+
 def largest_rank(config: Mapping[str, Any]) -> int:
     """0 where the method has no rank."""
     pattern = config.get("rank_pattern")

@@ -10,6 +10,7 @@ import pytest
 from server.engine.messages import SamplingParams
 from tests.server.api.near import MAX_NUM_SEQS, OpenBackend, near_server
 from tests.server.api.sse_reader import read_stream
+from tests.server.engine.adapters import write_folder
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 IGNORED = "x-ignored-params"
@@ -51,6 +52,19 @@ async def refusal(near: Near, path: str = CHAT, **given: Any) -> dict[str, Any]:
     assert response.status_code == 400 and not backend.requests, response.text
     error: dict[str, Any] = response.json()["error"]
     return error
+
+
+async def test_without_max_tokens_an_answer_may_fill_what_virtual_tokens_leave(
+    fake_model: Path, tmp_path: Path
+) -> None:
+    async with near_server(fake_model, adapter_roots=(tmp_path,)) as (backend, http):
+        path = str(write_folder(tmp_path / "soft", num_virtual_tokens=7))
+        added = await http.post("/v1/adapters", json={"name": "soft", "path": path})
+        assert added.status_code == 200, added.text
+        answered = await http.post(CHAT, json={**BODIES[CHAT], "model": "soft"})
+        assert answered.status_code == 200, answered.text
+        request = backend.requests[-1]
+        assert len(request.prompt_token_ids) + request.params.max_tokens == backend.model.max_model_len - 7
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])

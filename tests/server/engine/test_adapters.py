@@ -330,6 +330,7 @@ def test_what_is_not_proven_yet_is_not_served_and_gives_its_slot_away(
         return looks > 5
 
     monkeypatch.setattr(FakeBackend, "probe_adapter", probe)
+    monkeypatch.setattr("server.engine.residents.AWAITED_S", 0.0)
     desk = make_desk(max_loaded=1)  # the first look, at the start
     assert len(desk.residents) == 1 and {first, second} < ids(desk)
     with pytest.raises(NotYet, match="self-test"):
@@ -338,6 +339,29 @@ def test_what_is_not_proven_yet_is_not_served_and_gives_its_slot_away(
     assert first not in desk.residents and second not in desk.residents and len(desk.residents) == 1
     assert not desk.want(second, 0) and not desk.want(second, 0) and desk.want(second, 0)
     assert second in desk.residents and desk.load("m0", None, True).is_pinned and first in desk.residents
+
+
+def test_two_that_are_not_proven_yet_do_not_drive_each_other_out(
+    make_desk: MakeDesk, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = make_desk(max_loaded=1)
+    first, second = more(registry, tmp_path, 2)
+    looks: dict[str, int] = {}
+
+    def probe(self: FakeBackend, adapter_id: str) -> bool:
+        looks[adapter_id] = looks.get(adapter_id, 0) + 1
+        return looks[adapter_id] > 2
+
+    monkeypatch.setattr(FakeBackend, "probe_adapter", probe)
+    for _ in range(2):
+        with pytest.raises(NotYet, match="self-test"):
+            desk.load("m0", None, None)
+        with pytest.raises(NoRoom):
+            desk.load("m1", None, None)
+    assert desk.load("m0", None, None).id == first
+    with pytest.raises(NotYet, match="self-test"):
+        desk.load("m1", None, None)
+    assert looks == {first: 3, second: 1}
 
 
 def test_pinned_ones_and_those_in_use_stay(make_desk: MakeDesk, registry: Registry, tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from server.engine.client import EngineClient, Generation
 from server.engine.messages import (
     PROTOCOL_VERSION,
     Accepted,
+    FinishReason,
     Generate,
     Hello,
+    Outputs,
     Ready,
     Refused,
     SequenceOutput,
@@ -26,6 +28,7 @@ from server.errors import (
     DeadlineExceeded,
     Draining,
     EngineUnavailable,
+    InternalError,
     InvalidRequest,
     ModelNotFound,
     Overloaded,
@@ -113,12 +116,12 @@ async def test_refusals(client: EngineClient, request_: Generate, error: type[Ql
 
 
 async def test_a_full_queue_refuses_and_the_accepted_go_on(client: EngineClient) -> None:
-    accepted = [await client.generate(ask(str(i), PROMPT, n=2, max_tokens=8, ignore_eos=True)) for i in range(4)]
+    accepted = [await client.generate(ask(str(i), PROMPT, n=2, max_tokens=40, ignore_eos=True)) for i in range(4)]
     with pytest.raises(Overloaded) as caught:
         await client.generate(ask("more", PROMPT))
     assert caught.value.retry_after_s == 1
     for items in await asyncio.gather(*map(read, accepted)):
-        assert sum(len(item.new_token_ids) for item in items) == 16
+        assert sum(len(item.new_token_ids) for item in items) == 80
 
 
 async def test_cancel_frees_running_and_queued_sequences(client: EngineClient) -> None:
@@ -183,6 +186,21 @@ async def test_an_end_that_comes_together_with_outputs_is_heard(client: EngineCl
     with pytest.raises(QloopError, match="gone"):
         await asyncio.wait_for(consuming, 5)
     generation.cancel()
+
+
+async def test_an_error_of_one_choice_frees_the_others(client: EngineClient) -> None:
+    generation = await client.generate(ask("1", PROMPT, n=2, max_tokens=400, ignore_eos=True))
+    client.received(Outputs([SequenceOutput("1", 1, [], 0, FinishReason.ERROR, error="not a number")]))
+    with pytest.raises(InternalError, match="not a number"):
+        await read(generation)
+    await asyncio.wait_for(idle(client), 4)  # the other one would run for eight seconds
+
+
+async def test_an_answer_that_is_complete_stays_so_when_the_engine_goes(client: EngineClient) -> None:
+    generation = await client.generate(ask("1", PROMPT, max_tokens=2, ignore_eos=True))
+    await read(generation)
+    generation.fail(QloopError("gone"))
+    assert generation.is_finished and generation.take() == []
 
 
 async def test_a_deadline(client: EngineClient) -> None:

@@ -5,6 +5,7 @@ side by side, the network computes them in one pass, `_advance` chooses the next
 text. Everything runs on the caller's one thread.
 """
 
+import functools
 import gc
 import logging
 import time
@@ -12,12 +13,14 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor
 
 from server.engine.backends.admission import check_request
-from server.engine.backends.base import RequestRefused, no_effect, not_a_number, unheard
+from server.engine.backends.base import AdapterError, RequestRefused, no_effect, not_a_number, unheard
 from server.engine.backends.hf.adapter_files import read_adapter, with_cells
 from server.engine.backends.hf.adapters import LoadedAdapters
 from server.engine.backends.hf.batch import Batch, Part
@@ -37,10 +40,27 @@ from server.engine.messages import AdapterInfo, EngineStats, FinishReason, Gener
 from server.store.hashes import weights_hash
 from server.store.model_folder import read_model_config
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError)
 NOT_A_NUMBER = "The model's output is not a number (NaN or infinity). Check the weights, the adapter and the dtype."
 NOTHING_LEFT = "Bans and biases leave no token that could come next, or the model's output is not a number."
+
+
+def _out_of_memory_is_its_fault(method: Callable[P, T]) -> Callable[P, T]:
+    """For what is done with an adapter: the engine and everything that runs go on without it."""
+
+    @functools.wraps(method)
+    def guarded(*arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return method(*arguments, **options)
+        except MEMORY_ERRORS as error:
+            return_freed_memory()
+            raise AdapterError(f"it does not fit into this engine's memory beside the others ({error})") from None
+
+    return guarded
 
 
 class HfBackend:
@@ -164,6 +184,7 @@ class HfBackend:
         )
 
     @torch.inference_mode()
+    @_out_of_memory_is_its_fault
     def load_adapter(self, adapter: AdapterInfo, path: Path) -> None:
         weights = read_adapter(path, self._modules)
         if weights.embeddings is not None:
@@ -171,6 +192,7 @@ class HfBackend:
         self._adapters.attach(adapter.id, weights)
 
     @torch.inference_mode()
+    @_out_of_memory_is_its_fault
     def probe_adapter(self, adapter_id: str) -> bool:
         """Compares the logits of a few fixed tokens, which no sequence sees."""
         slot = self._adapters.slots[adapter_id]
@@ -269,10 +291,10 @@ class HfBackend:
         return_freed_memory()
         text = "The engine ran out of memory computing this request. Shorten it, or lower QLOOP_MAX_NUM_SEQS."
         failed = _failed(worst, text)
-        if worst.is_beam:
+        if worst.is_beam:  # its choices would have been drawn from all beams
             self._end_beams(worst.request.request_id)
-        else:
-            self._scheduler.remove(worst, keep=False)
+            return [msgspec.structs.replace(failed, index=index) for index in range(worst.request.n)]
+        self._scheduler.remove(worst, keep=False)
         return [failed]
 
     def _expire(self) -> list[SequenceOutput]:

@@ -93,6 +93,7 @@ class KvStore:
 
     def trim(self, row: int, kept: int, held: int) -> None:
         """Forget the cells from `kept` on, of which those below `held` may have been written."""
+        assert held <= self.capacity, "those beyond are another head's, or another row's"
         first = min(self.shape.round_up(kept), held)
         self._cells[:, :, row, :, kept:first] = 0
         if first >= held:

@@ -74,7 +74,9 @@ class KvRows:
         that already run.
         """
         first = sequences[0]
-        cells = self._store.shape.round_up(max(first.num_virtual + len(first.tokens) + 1, reserved))
+        # A prompt that fills the context has no next token, and so no cell for one.
+        wanted = self._store.shape.round_up(max(first.num_virtual + len(first.tokens) + 1, reserved))
+        cells = min(wanted, self._store.capacity)
         total = cells * len(sequences)
         if self.num_live + len(sequences) > self.max_live or self.live_cells + total + spare > self.max_cells:
             return False

@@ -37,6 +37,7 @@ log = logging.getLogger("qloop.engine")
 
 HUNG_AFTER_S = 300.0  # as vLLM's own limit for one step of a worker (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
 SHUTDOWN_S = 5.0
+CALL_LOOK_S = 1.0
 CPU_NICENESS = 5
 PROBE_PRIORITY = -(2**31) - 1  # lower is sooner; the API's numbers have 32 bits
 T = TypeVar("T")
@@ -86,14 +87,23 @@ class Runtime:
             self._news.set_result(None)
 
     def add_lora(self, name: str, number: int, path: Path) -> LoRARequest:
-        """Raises whatever vLLM finds wrong with the folder; the engine goes on then."""
+        """Raises whatever vLLM finds wrong with the folder; the engine goes on then. EngineCoreLost: it does not."""
         lora = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
-        if not self._run(self._engine.add_lora(lora)):
+        if not self._call(self._engine.add_lora(lora)):
             raise ValueError("vLLM did not load it")
         return lora
 
     def remove_lora(self, lora: LoRARequest) -> None:
-        self._run(self._engine.remove_lora(lora.lora_int_id))
+        self._call(self._engine.remove_lora(lora.lora_int_id))
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Of the engine core, between two of its steps. vLLM's own wait never ends when the core dies meanwhile."""
+        task = self.begin(work)
+        while not self.is_done(task, CALL_LOOK_S):
+            if self.is_lost:
+                self.cancel(task)
+                raise EngineCoreLost("vLLM's engine core died; its log lines above say why")
+        return task.result()
 
     async def score(self, size: int, vocab_size: int, lora: LoRARequest | None) -> list[float]:
         """Log probabilities of `size` fixed tokens, all but the first, without touching any prefix cache; before every

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.backends.base import RequestRefused
+from server.engine.backends.base import AdapterError, RequestRefused
 from server.engine.backends.hf import HfBackend, HfOptions
 from server.engine.backends.hf.kv_store import KvShape, KvStore
 from server.engine.backends.hf.rows import SMALLEST_MATCH, KvRows
@@ -237,6 +237,62 @@ def test_out_of_memory_fails_the_largest_and_nobody_else(small: HfBackend, monke
     assert texts["large", 0].finish_reason is FinishReason.ERROR
     assert "ran out of memory" in (texts["large", 0].last.error or "")
     assert [texts[str(i), 0].token_ids for i in range(2)] == alone
+
+
+def test_out_of_memory_in_a_beam_search_fails_all_of_its_choices(
+    small: HfBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scarce(batch: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(small._network, "forward", scarce)
+    texts = run(small, ask(LONG[:20], max_tokens=20, num_beams=4, n=3))
+    assert {key: text.finish_reason for key, text in texts.items()} == {("a", i): FinishReason.ERROR for i in range(3)}
+    assert small._rows.num_live == 0
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_the_engine_goes_on(
+    small: HfBackend, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scarce(*_: object) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    folder, info = write_adapter(tmp_path / "large", model_folder), adapter_info("large")
+    with monkeypatch.context() as patch, pytest.raises(AdapterError, match="does not fit into this engine's memory"):
+        patch.setattr(small._adapters, "attach", scarce)
+        small.load_adapter(info, folder)
+    small.load_adapter(info, folder)
+    with monkeypatch.context() as patch, pytest.raises(AdapterError, match="does not fit into this engine's memory"):
+        patch.setattr(small._network, "forward", scarce)
+        small.probe_adapter(info.id)
+    small.unload_adapter(info.id)
+
+
+def test_a_prompt_that_fills_the_context_leaves_its_neighbours_alone(model_folder: Path) -> None:
+    """It has no next token: no page beyond its row is reserved, nor cleared when it goes."""
+    made = start(model_folder, max_model_len=2 * PAGE)
+    full = [(3 * i) % 251 for i in range(2 * PAGE)]
+    stream = ask([5, 6, 7], "stream", max_tokens=40, ignore_eos=True, logprobs=0)
+    alone = run(made, stream)["stream", 0]
+    forget_kept(made)
+    submit(made, ask(full, "full", max_tokens=0), stream)
+    beside = finish(made)["stream", 0]
+    assert all(row.held <= made._store.capacity for row in made._rows._rows)
+    assert beside.token_ids == alone.token_ids
+    expected = [entry.logprob for entry in alone.logprobs]
+    assert [entry.logprob for entry in beside.logprobs] == pytest.approx(expected, abs=1e-4)
+    again = run(made, ask(full, "again", max_tokens=0))["again", 0]
+    assert again.finish_reason is FinishReason.LENGTH
+    made.close()
+
+
+def test_a_prompt_that_fills_the_context_fits_where_the_memory_is_the_context(model_folder: Path) -> None:
+    size = 2 * PAGE
+    made = HfBackend(HfOptions(model_folder, "tiny", kv_cache_gib=size * BYTES_PER_TOKEN / 2**30, max_model_len=size))
+    made.load()
+    text = run(made, ask([(3 * i) % 251 for i in range(size)], max_tokens=0))["a", 0]
+    assert text.finish_reason is FinishReason.LENGTH
+    made.close()
 
 
 def test_beams_take_their_memory_first_and_give_it_back(small: HfBackend) -> None:
