@@ -6,6 +6,7 @@ reload that is never stale, and a bad adapter that hurts nobody.
 
 import json
 import shutil
+import statistics
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_b10_a_cancelling_unload_ends_them_with_an_error(bench: Bench) -> None:
 
 def test_b10_a_second_unload_joins_the_first_and_may_cancel_what_that_waits_for(bench: Bench) -> None:
     card = bench.add("friend", 1)
-    endless = bench.body("friend", max_tokens=250, n=8, stream=True)
+    endless = bench.body("friend", max_tokens=480, n=8, stream=True)
     answers: list[httpx.Response] = []
     with bench.http.stream("POST", COMPLETIONS, json=endless) as running:
         lines = events(running)
@@ -479,7 +480,7 @@ def cycles(bench: Bench, count: int) -> None:
     callers = [threading.Thread(target=keep_asking) for _ in range(16)]
     for caller in callers:
         caller.start()
-    after_20 = 0
+    sizes: list[int] = []  # by cycle
     try:
         for cycle in range(count):
             response = bench.http.post("/v1/adapters", json={"name": "guest", "path": folders[cycle % 2]})
@@ -487,8 +488,7 @@ def cycles(bench: Bench, count: int) -> None:
             assert bench.ask("guest").status_code == 200
             assert bench.unload("guest").status_code == 200
             assert bench.num_loaded == loaded_before
-            if cycle == 19:
-                after_20 = memory_of(bench.service)
+            sizes.append(memory_of(bench.service))
     finally:
         stop.set()
         for caller in callers:
@@ -496,7 +496,8 @@ def cycles(bench: Bench, count: int) -> None:
     assert [answer.text for answer in answers if answer.status_code != 200] == []
     assert {answer.json()["choices"][0]["text"] for answer in answers} == {expected}
     wait_until(lambda: bench.service.gauge("qloop_adapters_loaded") == loaded_before, 5, "the gauge")
-    assert memory_of(bench.service) <= MAX_GROWTH * after_20
+    # Medians of ten: on a busy machine the allocator of vLLM's worker takes and returns 2 % from second to second.
+    assert statistics.median(sizes[-10:]) <= MAX_GROWTH * statistics.median(sizes[19:29])
 
 
 def memory_of(service: Service) -> int:
