@@ -190,7 +190,7 @@ def test_b10_a_cancelling_unload_ends_them_with_an_error(bench: Bench) -> None:
 
 def test_b10_a_second_unload_joins_the_first_and_may_cancel_what_that_waits_for(bench: Bench) -> None:
     card = bench.add("friend", 1)
-    endless = bench.body("friend", max_tokens=480, n=8, stream=True)
+    endless = bench.body("friend", max_tokens=250, n=32, stream=True)
     answers: list[httpx.Response] = []
     with bench.http.stream("POST", COMPLETIONS, json=endless) as running:
         lines = events(running)
