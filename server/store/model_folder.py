@@ -65,6 +65,12 @@ def saved_format(config: Mapping[str, Any]) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
+def num_positions(config: Mapping[str, Any]) -> int | None:
+    """The longest context that a config.json names, under any of its names; None where it names none."""
+    found = config.get("max_position_embeddings") or config.get("n_positions") or config.get("seq_length")
+    return found if isinstance(found, int) else None
+
+
 def check_model_folder(path: Path) -> None:
     """Raise ConfigError, with the cure, unless the folder has all that serving needs and its weights are whole."""
     if not path.is_dir():

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from server.store.model_folder import num_positions
 from server.store.servability import servable
 from trainer.errors import ConfigFaults, first_line
 from trainer.methods.layer_names import NAMES
@@ -79,8 +80,8 @@ def _method_faults(config: "TrainConfig", base: Mapping[str, Any]) -> list[str]:
             'peft_config={"peft_type": "IA3", "target_modules": [...], "feedforward_modules": [...]}'
         )
     if method in PROMPT_METHODS:
-        positions = base.get("max_position_embeddings") or base.get("n_positions") or base.get("seq_length")
-        if isinstance(positions, int) and config.pre_seq_len >= positions:
+        positions = num_positions(base)
+        if positions is not None and config.pre_seq_len >= positions:
             faults.append(f"pre_seq_len={config.pre_seq_len} leaves no room in the base's {positions} positions")
     narrow = base.get("word_embed_proj_dim", base.get("hidden_size")) != base.get("hidden_size")
     if method in ("p_tuning", "prompt") and narrow:

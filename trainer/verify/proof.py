@@ -15,7 +15,7 @@ from server.errors import ConfigError, QloopError, ServerError
 from server.store.card import AdapterCard
 from server.store.hashes import folder_hash
 from server.store.home import Home
-from server.store.model_folder import read_model_config
+from server.store.model_folder import num_positions, read_model_config
 from server.text.render import ChatRenderer
 from trainer.child_engine import Trial, adapter_id, child_engine, find_trial, last_words
 from trainer.errors import NotServable
@@ -98,11 +98,10 @@ def _check_length(job: Job, renderer: ChatRenderer) -> None:
     """Raises ConfigError before the slow reference where no engine could go on for so long."""
     from trainer.verify.reference import prompt_ids
 
-    config = read_model_config(job.found.base)
-    positions = config.get("max_position_embeddings") or config.get("n_positions") or config.get("seq_length")
+    positions = num_positions(read_model_config(job.found.base))
     longest = max(len(prompt_ids(renderer, prompt)) for prompt in job.prompts)
     extra = 1 if job.server else 0  # a server writes one more token where it reads the reference's answer
-    if isinstance(positions, int) and longest + job.num_tokens + extra > positions:
+    if positions is not None and longest + job.num_tokens + extra > positions:
         raise ConfigError(
             f"--tokens {job.num_tokens}: {job.found.base} has {positions} positions, and the longest prompt takes "
             f"{longest}; take at most {positions - longest - extra}"

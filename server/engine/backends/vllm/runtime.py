@@ -38,6 +38,7 @@ log = logging.getLogger("qloop.engine")
 HUNG_AFTER_S = 300.0  # as vLLM's own limit for one step of a worker (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
 SHUTDOWN_S = 5.0
 CALL_LOOK_S = 1.0
+CORE_DIED = "vLLM's engine core died; its log lines above say why"
 CPU_NICENESS = 5
 PROBE_PRIORITY = -(2**31) - 1  # lower is sooner; the API's numbers have 32 bits
 T = TypeVar("T")
@@ -102,7 +103,7 @@ class Runtime:
         while not self.is_done(task, CALL_LOOK_S):
             if self.is_lost:
                 self.cancel(task)
-                raise EngineCoreLost("vLLM's engine core died; its log lines above say why")
+                raise EngineCoreLost(CORE_DIED)
         return task.result()
 
     async def score(self, size: int, vocab_size: int, lora: LoRARequest | None) -> list[float]:
@@ -137,7 +138,7 @@ class Runtime:
     def check_alive(self) -> None:
         """Raise EngineCoreLost when the engine core is dead, or has made no step for long although it has work."""
         if self.is_lost:
-            raise EngineCoreLost("vLLM's engine core died; its log lines above say why")
+            raise EngineCoreLost(CORE_DIED)
         silence_s = time.monotonic() - self.progress.last_step
         if silence_s > HUNG_AFTER_S:
             raise EngineCoreLost(f"vLLM's engine core has made no step for {silence_s:.0f} s")
